@@ -1,0 +1,127 @@
+"""The console `alignment`: pipelines, inspection, the state of this machine, evaluation and reports.
+
+Commands import what they need when they run, so that `alignment --help` is quick.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Post-training alignment: run pipelines of jobs, look at models, rows and this machine, evaluate, report.",
+)
+inspect = typer.Typer(
+    no_args_is_help=True, help="Look at a model without its weights, or at rows as training sees them."
+)
+app.add_typer(inspect, name="inspect")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 the user's mistake, 1 ours, 128 + signal."""
+    try:
+        app(argv, prog_name="alignment")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@app.command()
+def run(
+    pipeline: Annotated[Path, typer.Argument(help="a recipe of configs/pipelines")],
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="run this stage alone")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages' commands, run nothing")] = False,
+) -> None:
+    """Run a pipeline's stages in order, skipping those that are done."""
+
+    def command() -> None:
+        from alignment.pipeline import run_pipeline
+
+        run_pipeline(pipeline, only, dry_run, Console())
+
+    _end(command)
+
+
+@inspect.command("model")
+def inspect_model(name: Annotated[str, typer.Argument(help="a preset, a model folder or a hub id")]) -> None:
+    """Shape, parameters (total and active) and memory of a model, without reading its weights."""
+
+    def command() -> None:
+        from alignment import inspect_model as model
+
+        Console().print(model.table(model.inspect_model(name)))
+
+    _end(command)
+
+
+@inspect.command("rows")
+def inspect_rows(
+    file: Annotated[str, typer.Argument(help="a file or folder of rows, or a hub id")],
+    tokenizer: Annotated[str | None, typer.Option(metavar="FOLDER", help="show tokens; default: characters")] = None,
+    count: Annotated[int, typer.Option(min=0, help="rows to show")] = 3,
+) -> None:
+    """Rows with what is trained in them marked, and lengths, languages, kinds and anomalies of the whole file."""
+
+    def command() -> None:
+        from alignment import inspect_rows as rows
+        from alignment import models
+        from alignment.config import ModelConfig
+
+        loaded = models.load_tokenizer(ModelConfig(path=tokenizer)) if tokenizer else None
+        rows.show(rows.inspect_rows(file, loaded, count), Console())
+
+    _end(command)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has, what will be used of it, and how to get what is missing."""
+
+    def command() -> None:
+        from alignment import doctor as checks
+        from alignment.errors import UserError
+
+        found = checks.examine()
+        Console().print(checks.table(found))
+        if wrong := [check.name for check in found if check.status == "wrong"]:
+            raise UserError(f"not ready: {', '.join(wrong)}; the remedies stand above")
+
+    _end(command)
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(context: typer.Context) -> None:
+    """Accuracy of a model on prompts with answers. Takes what a job takes: --config FILE key=value ... --dry-run."""
+    from alignment import evaluate as job
+
+    raise typer.Exit(job.main(context.args))
+
+
+@app.command()
+def report(pipeline: Annotated[Path, typer.Argument(help="a recipe of configs/pipelines that has been run")]) -> None:
+    """Write the HTML report and metrics.json of a pipeline, and print its main results."""
+
+    def command() -> None:
+        from alignment import report as pages
+
+        page = pages.build(pipeline)
+        console = Console()
+        console.print(pages.summary(pipeline))
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+    _end(command)
+
+
+def _end(command: Callable[[], None]) -> None:
+    from alignment import job
+
+    raise typer.Exit(job.guarded(command))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

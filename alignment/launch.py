@@ -1,0 +1,78 @@
+"""`accelerate launch` with the exit codes of our jobs.
+
+    python -m alignment.launch --config_file configs/accelerate/cpu-ep2.yaml -m sft.train --config configs/sft/demo.yaml
+
+Takes the arguments of `accelerate launch`, which runs the same; but where that ends every failure of a rank with a
+traceback of its own and code 1, this ends with the code of the rank and leaves the rank's message as the last word.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignment import job
+from alignment.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job.guarded(lambda: launch(sys.argv[1:] if argv is None else argv))
+
+
+def launch(arguments: Sequence[str]) -> None:
+    """Run `accelerate launch` in this process.
+
+    Raises:
+        UserError: the port is in use, or the launcher's config cannot be read.
+        job.RankFailed: a rank ended with another code than 0; its message stands above.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistNetworkError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    parsed = launch_command_parser().parse_args(list(arguments))
+    try:
+        launch_command(parsed)
+    except ChildFailedError as error:
+        raise job.RankFailed(error.get_first_failure().exitcode) from None
+    except SignalException as error:
+        raise job.Interrupted(error.sigval) from None
+    except (ConnectionError, DistNetworkError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the launcher's port cannot be used; choose another --main_process_port: {reason}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such launcher config") from None
+
+
+def job_command(module: str, config: Path, overrides: Sequence[str] = (), accelerate: Path | None = None) -> list[str]:
+    """The command line of a job: in one process, or on the ranks of a launcher config."""
+    arguments = ["-m", module, "--config", str(config), *overrides]
+    if accelerate is None:
+        return ["python", *arguments]
+    return ["python", "-m", "alignment.launch", "--config_file", str(accelerate), *arguments]
+
+
+def run_command(command: Sequence[str]) -> int:
+    """Run a job's command with this Python and return its exit code; the job ends when this process does.
+
+    Raises:
+        job.Interrupted: after a signal, once the job has ended cleanly.
+    """
+    environment = os.environ | {job.DIE_WITH_PARENT: str(os.getpid())}
+    process = subprocess.Popen([sys.executable, *command[1:]], env=environment)
+    try:
+        return process.wait()
+    except job.Interrupted as interruption:
+        if interruption.signum != signal.SIGINT:  # a terminal's Ctrl-C has reached the job already
+            process.send_signal(interruption.signum)
+        process.wait()
+        raise
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Expert-parallel training of mixture-of-experts models, and their export to ordinary model folders."""

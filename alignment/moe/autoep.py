@@ -1,0 +1,154 @@
+"""Teaches DeepSpeed AutoEP the Ernie4_5_Moe architecture, and checks what AutoEP did to a model.
+
+AutoEP replaces every MoE block of a Hugging Face model by an `AutoEPMoELayer` that holds 1/EP of the experts and
+exchanges tokens over the expert group. DeepSpeed has presets for Mixtral, Qwen2/3-MoE and DeepSeek-V2/V3; the one for
+Ernie4_5_Moe is ours. It touches private names of DeepSpeed, so its version is pinned.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from alignment.errors import UserError
+
+DEEPSPEED_VERSION = "0.19.8"
+ERNIE = "ernie4_5_moe"
+
+
+def install_ernie_preset() -> None:
+    """Register the preset of Ernie4_5_Moe with AutoEP; doing it twice changes nothing.
+
+    Raises:
+        UserError: another version of DeepSpeed is installed, or its private names have moved.
+    """
+    import deepspeed
+
+    if deepspeed.__version__.split("+")[0] != DEEPSPEED_VERSION:
+        raise UserError(
+            f"expert parallelism is written for deepspeed {DEEPSPEED_VERSION}, found {deepspeed.__version__}\n"
+            f"install deepspeed=={DEEPSPEED_VERSION}, or train without expert parallelism"
+        )
+    try:
+        from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset
+        from deepspeed.module_inject.auto_ep_presets.registry import _PRESET_ADAPTERS, PRESET_MODELS
+
+        adapter = _ernie_adapter()
+    except ImportError as error:
+        raise UserError(f"the deepspeed installed here lacks a name that expert parallelism needs: {error}") from error
+    _PRESET_ADAPTERS[ERNIE] = adapter
+    PRESET_MODELS[ERNIE] = MoEModelPreset(
+        moe_layer_pattern=r"model\.layers\.\d+\.mlp",
+        router_pattern="gate",
+        experts_pattern="experts",
+        expert_storage="fused_3d",
+        expert_w1="gate_up_proj",
+        expert_w2="down_proj",
+        expert_w3=None,
+        num_experts_attr="moe_num_experts",
+        top_k_attr="moe_k",
+        score_func="softmax",
+        score_apply="post",
+        route_norm=True,
+        gate_bias=False,
+        has_shared_experts=True,
+        shared_experts_pattern="shared_experts",
+        supports_expert_bias=False,
+        preset_adapter=ERNIE,
+        hf_model_types=(ERNIE,),
+    )
+
+
+class Fp32Gate(nn.Linear):
+    """A router gate that computes in float32 whatever the model's dtype, as Ernie's own router does."""
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return functional.linear(x_TD.float(), self.weight.float())
+
+
+def _ernie_adapter() -> Any:
+    """What differs between Ernie's router and AutoEP's, put right once the blocks are replaced."""
+    from deepspeed.module_inject.auto_ep_presets.base import TransformersTopLevelRouterLogitsAdapter
+
+    class ErnieAdapter(TransformersTopLevelRouterLogitsAdapter):  # type: ignore[misc]  # deepspeed has no types
+        def retarget_transformers_output_recorders(
+            self, model: nn.Module, spec: Any, replacement: nn.Module, *args: Any
+        ) -> None:
+            # AutoEP calls this once for a model. The routers are mended first, because the recorder of router logits
+            # (the parent's work) looks for the class of the gate it is given.
+            for _, layer in autoep_layers(model):
+                _mend_router(cast(Any, layer).router)
+            super().retarget_transformers_output_recorders(model, spec, replacement, *args)
+
+    return ErnieAdapter(display_name="Ernie4_5_Moe", hf_model_types=(ERNIE,), class_name_fragments=("Ernie4_5_Moe",))
+
+
+def _mend_router(router: Any) -> None:
+    """Give the router a float32 gate and a correction bias of shape [E]; both parameters keep their identity."""
+    gate = Fp32Gate(router.gate.in_features, router.gate.out_features, bias=False, device="meta")
+    gate.weight = router.gate.weight
+    router.gate = gate
+    # Ernie stores [1, E]; AutoEP adds a dimension of its own, and [1, 1, E] + [T, E] would broadcast to [1, T, E].
+    router.e_score_correction_bias.data = router.e_score_correction_bias.data.reshape(-1)
+
+
+def freeze_correction_bias(model: nn.Module) -> None:
+    """Freeze the routers' score correction biases: no gradient reaches them, yet `from_pretrained` unfreezes them."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            parameter.requires_grad_(False)
+
+
+def moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's mixture-of-experts blocks by name: modules with a child `experts`, replaced by AutoEP or not."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "experts", None), nn.Module):
+            yield name, module
+
+
+def autoep_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of the model that AutoEP has replaced, by name."""
+    for name, module in model.named_modules():
+        if getattr(module, "_is_autoep_layer", False):
+            yield name, module
+
+
+def check_sizes(num_experts: int, ep_size: int, world_size: int) -> None:
+    """Raise UserError unless the expert-parallel size divides the experts and the processes."""
+    if num_experts % ep_size:
+        divisors = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
+        raise UserError(
+            f"expert_parallel.autoep_size: {ep_size} does not divide the model's {num_experts} experts; "
+            f"valid sizes: {', '.join(map(str, divisors))}"
+        )
+    if world_size % ep_size:
+        raise UserError(f"expert_parallel.autoep_size: {ep_size} does not divide the {world_size} processes launched")
+
+
+def check_model(model: nn.Module, ep_size: int, world_size: int) -> None:
+    """Raise UserError where the model, not yet replaced, cannot be trained with this expert-parallel size."""
+    if any(autoep_layers(model)):
+        raise UserError(
+            "the model is expert-parallel before its training: with precompute_ref_log_probs TRL made an engine of it\n"
+            "set precompute_ref_log_probs to false, and give a ref_model or the reference log-probs"
+        )
+    blocks = list(moe_blocks(model))
+    if not blocks:
+        raise UserError(f"expert parallelism was asked for, but {type(model).__name__} has no mixture-of-experts layer")
+    for _, block in blocks:
+        experts = cast(Any, block.experts)
+        check_sizes(len(experts) if isinstance(experts, nn.ModuleList) else experts.num_experts, ep_size, world_size)
+
+
+def check_replaced(model: nn.Module) -> None:
+    """Raise UserError unless AutoEP has replaced every MoE block of the model."""
+    replaced = {name for name, _ in autoep_layers(model)}
+    left = [name for name, _ in moe_blocks(model) if name not in replaced]
+    if left or not replaced:
+        raise UserError(
+            f"expert parallelism was asked for, but AutoEP replaced {len(replaced)} of {len(replaced) + len(left)} "
+            f"MoE layers of {type(model).__name__} (left: {', '.join(left[:3])})"
+        )

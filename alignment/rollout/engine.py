@@ -1,0 +1,298 @@
+"""vLLM in this process: deterministic samples, and weights that change while the engine lives.
+
+Why one seed for each call and none for each sample: on CPU, vLLM 0.31 draws a request's own seed in a Python loop over
+requests, and a seeded request whose prompt is prefilled in parts raises "CPU Generator does not use offset". Drawing
+from the process's generator, seeded before the call, is faster; since the scheduler runs in this process, one step
+after the other, the same weights, prompts and seed give the same samples bit by bit, in this process or in another.
+"""
+
+import gc
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+# Before vLLM is imported. The scheduler in a process of its own would not see our seeds.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.inputs import TokensPrompt
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
+
+from alignment.config import EngineConfig, ModelConfig, SamplingConfig
+from alignment.errors import UserError
+from alignment.fingerprint import weights_hash
+from alignment.models import check_model_folder, load_pretrained
+from alignment.rollout.samples import Sample
+
+GIB = 1 << 30
+# The smallest that vLLM's CPU attention takes. A prompt's full blocks are prefilled once for all its samples, so with
+# vLLM's default of 128 a prompt of 100 tokens is computed n times over.
+CPU_BLOCK = 32
+# Tokens of one scheduler step, so that a chunk's prompts are prefilled in few of them.
+STEP_TOKENS = 8192
+PROBE_TOKENS = 96
+# Mean absolute gap between vLLM's and transformers' log-probabilities of the probe.
+GATE = {"float32": 1e-4, "bfloat16": 0.1}
+# What vLLM sets for itself and a training process started from here must not inherit.
+NOT_INHERITED = ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
+# Entries of config.json that say nothing about the shape of the weights.
+UNSHAPED = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache", "eos_token_id")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Mean absolute gaps, in nats, between the engine's log-probabilities of a probe and transformers'.
+
+    `before` is the gap that the engine's former weights have to the same reference: what staleness would look like.
+    """
+
+    gap: float
+    before: float | None
+
+
+class VLLMEngine:
+    """`vllm.LLM` around a model folder. Use as a context manager, or `close()` it.
+
+    Only one lives at a time in a process. The constructor and `load_weights` compare its log-probabilities with those
+    of transformers and raise where they differ (`verify=False` leaves that out, for models that do not fit twice).
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        config: EngineConfig,
+        *,
+        dtype: str = "float32",
+        eager: bool | None = None,
+        verify: bool = True,
+    ) -> None:
+        """`eager` runs the model uncompiled; the default is True on CPU, where compiling costs more than it gives."""
+        check_model_folder(model)
+        self.max_model_len = config.max_model_len
+        self.weights = weights_hash(model)
+        self._dtype, self._verify = dtype, verify
+        self._on_cpu = current_platform.is_cpu()
+        self._eager = self._on_cpu if eager is None else eager
+        self._shape = _shape(model)
+        self.settings: dict[str, str | int | float] = {
+            "engine": "vllm",
+            "dtype": dtype,
+            "eager": self._eager,
+            "device": current_platform.device_name,
+            **config.model_dump(exclude={"chunk_prompts"}),
+        }
+        with _own_random_state(0), self._stance(), _kept_process_state():
+            self._llm: LLM | None = LLM(str(model), **self._options(config))
+        if verify:
+            self._prove(model, before=None)
+
+    def _options(self, config: EngineConfig) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "skip_tokenizer_init": True,  # prompts are token ids, and samples are decoded by the caller
+            "generation_config": "vllm",  # else the model folder's own defaults add stop tokens
+            "dtype": self._dtype,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": max(STEP_TOKENS, config.max_model_len, config.max_num_seqs),
+            "enforce_eager": self._eager,
+            "enable_prefix_caching": True,
+        }
+        if self._on_cpu:
+            options |= {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB), "block_size": CPU_BLOCK}
+        return options
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: Sequence[int], seed: int
+    ) -> list[list[Sample]]:
+        """`sampling.n` samples of each prompt (token ids), in the order of the prompts.
+
+        The same weights, settings and arguments give the same samples bit by bit. `stop` holds the token ids that end
+        an answer; the model's own eos token counts only where it is among them.
+        """
+        params = SamplingParams(
+            n=sampling.n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(stop),
+            logprobs=0,  # the chosen token's only
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        self._reset_prefix_cache()  # what was cached decides how prompts are batched, and so the last bits
+        outputs = self._run(prompts, params, seed)
+        return [[_sample(completion) for completion in output.outputs] for output in outputs]
+
+    def logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each token but the first, for each sequence."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(token_ids, params, seed=0)
+        return [
+            [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
+            for output, ids in zip(outputs, token_ids, strict=True)
+        ]
+
+    def load_weights(self, folder: Path) -> Proof | None:
+        """Replace the weights by those of `folder`, a model of the same shape, and prove that they are in use.
+
+        Raises:
+            UserError: no such model, or one of another shape.
+            RuntimeError: the engine's log-probabilities are not those of the folder. The engine is then of no use.
+        """
+        check_model_folder(folder)
+        _check_shape(self._shape, _shape(folder), folder)
+        before = self.logprobs([self._probe])[0] if self._verify else None
+        with _own_random_state(0), self._stance():
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            if self._on_cpu:
+                self._engine.apply_model(_repack)
+        self._reset_prefix_cache()
+        former, self.weights = self.weights, weights_hash(folder)
+        if before is None:
+            return None
+        return self._prove(folder, before if former != self.weights else None)
+
+    def close(self) -> None:
+        """Free the weights and the cache. Closing twice does nothing."""
+        if self._llm is None:
+            return
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _engine(self) -> LLM:
+        if self._llm is None:
+            raise RuntimeError("the engine is closed")
+        return self._llm
+
+    @property
+    def _probe(self) -> list[int]:
+        length = min(PROBE_TOKENS, self.max_model_len - 1)
+        return [int(i) for i in np.random.default_rng(0).integers(self._shape["vocab_size"], size=length)]
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seed: int) -> list[Any]:
+        requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+        with _own_random_state(seed), self._stance():
+            return self._engine.generate(requests, params, use_tqdm=False)
+
+    def _reset_prefix_cache(self) -> None:
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
+
+    def _stance(self) -> Any:
+        # vLLM's CPU sampler is torch.compiled even under enforce_eager: 15 s at the first sample, to no gain.
+        return torch.compiler.set_stance("force_eager" if self._on_cpu and self._eager else "default")
+
+    def _prove(self, folder: Path, before: Sequence[float] | None) -> Proof:
+        reference = _reference_logprobs(folder, self._probe, self._dtype)
+        now = self.logprobs([self._probe])[0]
+        proof = Proof(_gap(now, reference), None if before is None else _gap(before, reference))
+        if before is not None and list(now) == list(before):
+            raise RuntimeError(f"{folder}: vLLM's log-probabilities did not change with the weights: they are stale")
+        if not proof.gap <= GATE[self._dtype]:
+            raise RuntimeError(
+                f"{folder}: log-probabilities of vLLM and transformers differ by {proof.gap:.2g} on average, "
+                f"expected at most {GATE[self._dtype]:.2g}: the engine does not serve these weights"
+            )
+        return proof
+
+
+def _repack(model: nn.Module) -> None:
+    """Pack anew what vLLM 0.31 on CPU packs at the first load only.
+
+    After a reload, a tied head still multiplies by the packed copy of the former embedding, and the kernel of the
+    routed experts takes unpacked weights for packed ones.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if isinstance(module, ParallelLMHead):
+            method.process_weights_after_loading(module)
+        elif getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel.fused_experts.process_weights_after_loading(module)
+
+
+def _sample(completion: Any) -> Sample:
+    return Sample(list(completion.token_ids), completion.finish_reason, float(completion.cumulative_logprob))
+
+
+def _gap(left: Sequence[float], right: Sequence[float]) -> float:
+    return float(np.abs(np.subtract(left, right)).mean())
+
+
+@torch.no_grad()
+def _reference_logprobs(folder: Path, token_ids: Sequence[int], dtype: str) -> list[float]:
+    source = ModelConfig.model_validate({"path": str(folder), "dtype": dtype})
+    model = load_pretrained(AutoModelForCausalLM, source, dtype=getattr(torch, dtype))
+    model.train(False)
+    ids = torch.tensor([token_ids])
+    logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+    return [float(value) for value in logprobs.gather(-1, ids[0, 1:, None])]
+
+
+def _shape(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in config.items() if key not in UNSHAPED}
+
+
+def _check_shape(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"{folder}: not of the shape of the model in the engine: {key} is {new.get(key)!r}, "
+            f"expected {old.get(key)!r}"
+        )
+
+
+@contextmanager
+def _own_random_state(seed: int) -> Iterator[None]:
+    """Seed every generator that vLLM draws from, and give the caller's states back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            set_random_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _kept_process_state() -> Iterator[None]:
+    """Undo what vLLM's start does to this process beyond the engine: environment, and `torch.set_num_threads`."""
+    environment = {name: os.environ.get(name) for name in NOT_INHERITED}
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

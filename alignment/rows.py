@@ -1,0 +1,170 @@
+"""Rows in and out: JSONL (also gzipped), Parquet, folders of them, and data sets of the hub.
+
+Schemas are TRL's conversational format. A row that breaks its schema is a UserError that names file and line.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from alignment import atomic
+from alignment.errors import UserError, did_you_mean
+
+Row = dict[str, Any]
+Kind = Literal["messages", "prompt", "preference", "any"]
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+ROLES = ("system", "user", "assistant", "tool")
+CONVERSATIONS: dict[Kind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "any": (),
+}
+
+
+def read_rows(source: Path | str, kind: Kind = "any") -> Iterator[Row]:
+    """Yield the rows of `source`, checked against `kind`.
+
+    `source` is a file, a folder of files (read in the order of their names), or a hub id `org/name` with an optional
+    split, `org/name:train`.
+
+    Raises:
+        UserError: no such source, malformed JSON, a row against the schema (file and line named), or no rows at all.
+    """
+    count = 0
+    for where, row in _located_rows(source):
+        check_row(row, kind, where)
+        count += 1
+        yield row
+    if count == 0:
+        raise UserError(f"{source}: holds no rows")
+
+
+def first_rows(source: Path | str, kind: Kind, count: int = 20) -> list[Row]:
+    """The first rows only, for `--dry-run`."""
+    return [row for row, _ in zip(read_rows(source, kind), range(count), strict=False)]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> int:
+    """Write JSONL, whole or not at all. Returns the number of rows."""
+    count = 0
+    with atomic.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def local_inputs(*sources: Path | str) -> list[Path]:
+    """The sources that are files or folders of this machine: what a job hashes as its inputs."""
+    return [Path(s) for s in sources if not is_hub_id(s)]
+
+
+def is_hub_id(source: Path | str) -> bool:
+    """`org/name` or `org/name:split`, given as text, where neither such a file nor a folder `org` exists."""
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/")) or _suffix(text):
+        return False
+    return not Path(text).exists() and not Path(text).parent.is_dir()
+
+
+def check_row(row: Any, kind: Kind, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for column in CONVERSATIONS[kind]:
+        if column not in row:
+            hint = did_you_mean(column, row) if row else ""
+            raise UserError(f"{where}: row has no {column!r}, expected a list of {{role, content}}{hint}")
+        _check_conversation(row[column], column, where)
+
+
+def _check_conversation(messages: Any, column: str, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: {column!r} must be a non-empty list of {{role, content}}")
+    for index, message in enumerate(messages):
+        place = f"{where}: {column}[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError(f"{place} must be an object with 'role' and a text 'content'")
+        if message.get("role") not in ROLES:
+            role = str(message.get("role"))
+            raise UserError(f"{place} has role {role!r}{did_you_mean(role, ROLES)}")
+
+
+def _suffix(name: str) -> str | None:
+    return next((s for s in SUFFIXES if name.endswith(s)), None)
+
+
+def _located_rows(source: Path | str) -> Iterator[tuple[str, Any]]:
+    if is_hub_id(source):
+        yield from _hub_rows(str(source))
+        return
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if _suffix(p.name))
+        if not files:
+            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+    else:
+        files = [path]
+    for file in files:
+        yield from _file_rows(file)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise UserError(f"{path}: no such file{hint}")
+    match _suffix(path.name):
+        case ".parquet":
+            yield from _parquet_rows(path)
+        case ".jsonl" | ".jsonl.gz":
+            yield from _jsonl_rows(path)
+        case _:
+            raise UserError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file after line {number}: {error}") from None
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: malformed JSON: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: damaged Parquet file after row {number}: {error}") from None
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
+        raise UserError(f"{source}: neither a local file nor a data set that the hub gives: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{source} row {number}", dict(row)

@@ -1,0 +1,145 @@
+"""What every trainer shares: its arguments, its log, checkpoints that are whole, and an end that can be resumed."""
+
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from alignment.config import TrainingConfig
+from alignment.job import Interrupted, Job, deferred_interrupts
+from alignment.moe.trainer import ddp_backend
+
+A = TypeVar("A", bound=TrainingArguments)
+
+WHOLE = "WHOLE"  # the marker that a checkpoint was written to its end by every rank
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: str, **specific: Any) -> A:
+    """TrainingArguments of `kind` for this run; DeepSpeed's part comes from `accelerate launch`."""
+    return kind(
+        output_dir=str(job.dir / "checkpoints"),
+        seed=job.config.seed,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_share,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_betas[0],
+        adam_beta2=config.adam_betas[1],
+        max_grad_norm=config.max_grad_norm,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.gradient_checkpointing,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.log_steps,
+        disable_tqdm=not sys.stderr.isatty(),
+        report_to="none",
+        remove_unused_columns=False,
+        ddp_backend=ddp_backend(),
+        bf16=dtype == "bfloat16",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **specific,
+    )
+
+
+def train(trainer: Trainer, job: Job) -> dict[str, float]:
+    """Run `trainer` from its last whole checkpoint, or from the start, to its end. Returns its final metrics.
+
+    Raises:
+        Interrupted: after a signal, once the step is done and a checkpoint is written.
+    """
+    checkpoint = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
+    trainer.remove_callback(PrinterCallback)
+    with deferred_interrupts() as pending:
+        callback = JobCallback(job, pending)
+        trainer.add_callback(callback)
+        if checkpoint is not None and job.is_main:
+            print(f"{job.name}: resumes from {checkpoint}")
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        signum = callback.stopped_by
+    if signum is not None:
+        raise Interrupted(signum)
+    return {"train.loss": result.training_loss, "train.steps": trainer.state.global_step}
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a torn one is ignored."""
+    whole = [p.parent for p in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def remove_torn_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        if not (path / WHOLE).exists():
+            shutil.rmtree(path)
+
+
+class JobCallback(TrainerCallback):
+    """Logs to metrics.jsonl and the terminal, marks whole checkpoints, and stops between steps after a signal."""
+
+    def __init__(self, job: Job, pending: Any) -> None:
+        self.job = job
+        self.pending = pending
+        self.stopped_by: int | None = None
+        self.began = time.time()
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.first_step = state.global_step
+        self.job.rewind(state.global_step)
+        if self.job.is_main:
+            remove_torn_checkpoints(Path(str(args.output_dir)))
+        _barrier()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        signum = _agree(self.pending() or 0)
+        if signum:
+            self.stopped_by = signum
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        values = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise FloatingPointError(f"step {state.global_step}: not finite: {values}")
+        self.job.log(step=state.global_step, **values)
+        if self.job.is_main and args.disable_tqdm and "loss" in values:
+            speed = (state.global_step - self.first_step) / (time.time() - self.began)
+            left = (state.max_steps - state.global_step) / speed if speed else 0
+            print(
+                f"step {state.global_step}/{state.max_steps}  loss {values['loss']:.4f}  {left:.0f} s left", flush=True
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        _barrier()
+        if self.job.is_main:
+            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+        _barrier()
+
+
+def _agree(signum: int) -> int:
+    """The largest signal number any rank has received, so that all ranks stop at the same step."""
+    if not torch.distributed.is_initialized():
+        return signum
+    value = torch.tensor(signum, device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return int(value.item())
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,1 @@
+"""Jobs that turn rows into rows."""

@@ -1,0 +1,89 @@
+"""Indonesian."""
+
+from data_builders.synthesis.wording import Wording, uninflected
+
+WORDING = Wording(
+    answer="Jawaban: ",
+    names=("Budi", "Siti", "Dewi", "Andi"),
+    products=uninflected("tas", "gelas", "piring", "bantal", "topi", "lampu"),
+    goods=("beras", "gula", "tepung", "kopi"),
+    questions={
+        "unit_price": (
+            "Harga {weight} kg {good} adalah {price}. Berapa harga {wanted} kg {good}?",
+            "{name} membeli {weight} kg {good} seharga {price}. Dengan harga per kg yang sama, "
+            "berapa harga {wanted} kg?",
+        ),
+        "discount": (
+            "Harga satu {item} {price}. {name} membeli {count} {item} dan mendapat diskon {percent}%. "
+            "Berapa yang harus dibayar {name}?",
+            "Toko memberi diskon {percent}% untuk semua {item}. Harga normalnya {price} per buah. "
+            "Berapa harga {count} {item} sekarang?",
+        ),
+        "voucher": (
+            "{name} membeli {count} {item} seharga {price} per buah. Voucher memberi potongan {off} "
+            "untuk belanja minimal {minimum}. Berapa yang harus dibayar {name}?",
+            "Harga satu {item} {price}. Ada voucher potongan {off} dengan belanja minimal {minimum}. "
+            "Berapa yang harus dibayar untuk {count} {item}?",
+        ),
+        "bundle": (
+            "Harga satu {item} {first} dan satu {other} {second}. Satu paket berisi keduanya dijual {pack}. "
+            "Berapa yang dihemat jika membeli {count} paket?",
+            "Jika dibeli terpisah, harga {item} {first} dan harga {other} {second}; harga satu paket {pack}. "
+            "{name} membeli {count} paket. Berapa yang dihemat {name}?",
+        ),
+        "shipping": (
+            "{name} memesan {count} {item} seharga {price} per buah. Ongkos kirim {fee}, tetapi gratis untuk "
+            "pesanan minimal {free_from}. Berapa total yang harus dibayar?",
+            "Sebuah toko mengenakan ongkos kirim {fee}; pesanan mulai {free_from} gratis ongkir. "
+            "Berapa total harga {count} {item} seharga {price} per buah, termasuk ongkos kirim?",
+        ),
+        "change": (
+            "{name} membeli {count} {item} seharga {price} per buah dan satu {other} seharga {extra}, "
+            "lalu membayar {paid}. Berapa kembaliannya?",
+            "Harga satu {item} {price} dan satu {other} {extra}. {name} membeli {count} {item} dan satu {other}, "
+            "lalu menyerahkan {paid}. Berapa uang kembaliannya?",
+        ),
+        "stock": (
+            "Sebuah toko punya {start} {item}. Sebanyak {orders} pembeli masing-masing membeli {each}, "
+            "lalu datang lagi {delivered}. Berapa {item} yang ada sekarang?",
+            "Di gudang ada {start} {item}. Keluar {orders} pesanan yang masing-masing berisi {each} {item}, "
+            "lalu masuk {delivered} {item}. Berapa stok sekarang?",
+        ),
+        "comparison": (
+            "Toko pertama menjual {small} {item} seharga {small_price}, toko kedua menjual {large} {item} "
+            "seharga {large_price}. Berapa lebih murah harga satu {item} di toko yang lebih murah?",
+            "Satu pak isi {small} {item} dijual {small_price}, satu pak isi {large} dijual {large_price}. "
+            "Berapa yang dihemat per {item} dengan memilih pak yang lebih murah?",
+        ),
+    },
+    thinking={
+        "unit_price": "Pertama, harga 1 kg: {0}. Lalu harga {wanted} kg: {1}.",
+        "discount": "Harga sebelum diskon: {0}. Diskon {percent}%: {1}. Kurangi diskonnya: {2}.",
+        "voucher.applies": "Pertama, total belanja: {0}. Apakah cukup untuk voucher? {1}, cukup. Jadi, potong: {2}.",
+        "voucher.below": "Pertama, total belanja: {0}. Apakah cukup untuk voucher? {1}, tidak cukup. "
+        "Jadi, tidak ada potongan.",
+        "bundle": "Harga jika dibeli terpisah: {0}. Hemat satu paket: {1}. Hemat {count} paket: {2}.",
+        "shipping.free": "Harga barang: {0}. Apakah gratis ongkir? {1}, ya. Jadi, tidak ada tambahan.",
+        "shipping.paid": "Harga barang: {0}. Apakah gratis ongkir? {1}, tidak. Jadi, tambah ongkos kirim: {2}.",
+        "change": "Harga {count} {item}: {0}. Ditambah {other}: {1}. Kembaliannya: {2}.",
+        "stock": "Jumlah yang keluar: {0}. Sisanya: {1}. Ditambah yang datang: {2}.",
+        "comparison.small": "Harga satu {item} di penawaran pertama: {0}. Di penawaran kedua: {1}. "
+        "Yang pertama lebih murah: {2}.",
+        "comparison.large": "Harga satu {item} di penawaran pertama: {0}. Di penawaran kedua: {1}. "
+        "Yang kedua lebih murah: {2}.",
+    },
+    checks=("Periksa lagi: {check}. Benar.", "Hitung balik: {check}. Cocok."),
+    summaries={
+        "unit_price": "Harga {wanted} kg {good} adalah {answer}.",
+        "discount": "Setelah diskon, totalnya {answer}.",
+        "voucher.applies": "Voucher berlaku, jadi totalnya {answer}.",
+        "voucher.below": "Voucher tidak berlaku, jadi totalnya {answer}.",
+        "bundle": "Dengan {count} paket, hemat {answer}.",
+        "shipping.free": "Ongkos kirim gratis, jadi totalnya {answer}.",
+        "shipping.paid": "Dengan ongkos kirim, totalnya {answer}.",
+        "change": "Kembaliannya {answer}.",
+        "stock": "Sekarang ada {answer} {item}.",
+        "comparison.small": "Penawaran pertama lebih murah {answer} per {item}.",
+        "comparison.large": "Penawaran kedua lebih murah {answer} per {item}.",
+    },
+)

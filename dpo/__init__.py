@@ -1,0 +1,1 @@
+"""Preference training: OT-DPO, offline and online."""

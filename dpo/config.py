@@ -1,0 +1,75 @@
+"""Configuration of preference training. Imports no torch."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from alignment.config import Config, EngineConfig, JobConfig, ModelConfig, SamplingConfig, TrainingConfig
+
+
+class TransportConfig(Config):
+    """OT-DPO's token weights (arXiv 2505.18720): entropic unbalanced transport between hidden states."""
+
+    reg: float = Field(1.0, gt=0, description="entropic regularisation")
+    reg_m: float = Field(0.2, gt=0, description="penalty on mass that is not transported")
+    mix: float = Field(1.0, ge=0, le=1, description="0: weights of one (plain DPO), 1: transport's weights")
+    cost_norm: Literal["max", "none"] = Field("max", description="what a pair's distances are divided by")
+
+
+class LossConfig(Config):
+    """The preference loss."""
+
+    type: str = Field("ot_dpo", description="ot_dpo, dpo, or a loss of TRL's DPOTrainer")
+    beta: float = Field(0.1, gt=0)
+    nll_weight: float = Field(0.0, ge=0, description="weight of the chosen answers' negative log-likelihood")
+    transport: TransportConfig = TransportConfig()
+
+
+class DPOConfig(JobConfig):
+    """Offline preference training on pairs."""
+
+    model: ModelConfig
+    rows: str = Field(description="a file, a folder or a hub id of rows with `prompt`, `chosen` and `rejected`")
+    loss: LossConfig = LossConfig()
+    batch_size: int = Field(8, ge=1, description="pairs a rank holds in one micro-batch")
+    max_length: int = Field(1024, ge=16, description="longer pairs are dropped and counted")
+    training: TrainingConfig
+
+
+class RoundConfig(Config):
+    """What one round of online training samples and pairs."""
+
+    prompts: int = Field(ge=1, description="prompts drawn for a round, without repeats before all were drawn")
+    pairs_per_prompt: int = Field(1, ge=1)
+
+
+class EvaluationConfig(Config):
+    """Evaluation after each round."""
+
+    prompts: str = Field(description="rows with `prompt` and `answer`, none of which is trained on")
+    n: int = Field(8, ge=1, description="samples a prompt")
+    baseline: str | None = Field(
+        None, description="an alignment.evaluate run of the starting policy on these prompts; default: made first"
+    )
+
+
+class OnlineConfig(JobConfig):
+    """Online preference training: rounds of sample, score, pair, train and load."""
+
+    model: str = Field(description="the folder of the policy that the first round starts from")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    reward_models: list[str] = Field(default_factory=list, description="folders; their mean score ranks the samples")
+    prompts: str = Field(description="rows with `prompt` and, for the math rule, `answer`")
+    evaluation: EvaluationConfig
+    rounds: int = Field(2, ge=1)
+    round: RoundConfig
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    score_batch_tokens: int = Field(16384, ge=64)
+    loss: LossConfig = LossConfig()
+    batch_size: int = Field(8, ge=1)
+    training: TrainingConfig
+    accelerate: Path | None = Field(
+        None, description="launcher config of the training ranks; default: this process's kind"
+    )

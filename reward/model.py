@@ -1,0 +1,178 @@
+"""Reward models: a causal language model with a scalar head on the last token of the sequence.
+
+The last token is found by the attention mask, so results depend neither on the side of the padding nor on its id, which
+may be the stop token's. transformers looks for the last token that is not the pad token, and has no sequence classifier
+for Ernie4_5_Moe at all. The head is fp32.
+
+Shapes: B sequences, T tokens of a row, N packed sequences of one row, D hidden width.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    Ernie4_5_MoeConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoePreTrainedModel
+
+from alignment.config import ModelConfig
+from alignment.errors import UserError
+from alignment.models import LOADING_FAULTS, check_model, freeze_correction_bias
+
+HEAD = "score.weight"
+
+
+class ScalarHead(GenericForSequenceClassification):
+    """Put before a transformers sequence classifier: its forward, with the last token taken from the mask."""
+
+    model: nn.Module
+    score: nn.Linear
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        last_tokens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores `logits`: [B, 1] of padded rows, or [N, 1] of a packed row with sequences that end at `last_tokens`."""
+        if last_tokens is None:
+            mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            position_ids = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+            positions_T = torch.arange(input_ids.shape[1], device=input_ids.device)
+            columns_B = (mask_BT * positions_T).argmax(-1)
+            rows_B = torch.arange(len(input_ids), device=input_ids.device)
+        else:
+            columns_B, rows_B = last_tokens, torch.zeros_like(last_tokens)
+        hidden_BTD = self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        ).last_hidden_state
+        last_BD = hidden_BTD[rows_B, columns_B].float()
+        with torch.autocast(last_BD.device.type, enabled=False):
+            return SequenceClassifierOutputWithPast(logits=self.score(last_BD))
+
+
+class Ernie4_5_MoeForSequenceClassification(ScalarHead, Ernie4_5_MoePreTrainedModel):  # type: ignore[no-untyped-call]
+    """What transformers lacks."""
+
+    _keep_in_fp32_modules_strict = [*Ernie4_5_MoePreTrainedModel._keep_in_fp32_modules_strict, "score"]  # noqa: RUF012
+    # transformers greps a class's module for marks of these, finds none in this file, and would silently run slower.
+    _can_set_experts_implementation_cached_value = True
+    _can_set_attn_implementation_cached_value = True
+
+
+# `AutoModelForSequenceClassification.register` silently ignores config classes of transformers' own.
+_CLASSIFIERS: Any = AutoModelForSequenceClassification._model_mapping
+_CLASSIFIERS._extra_content[Ernie4_5_MoeConfig] = Ernie4_5_MoeForSequenceClassification
+
+
+def reward_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    """The reward model's class for an architecture: transformers' classifier with our ScalarHead."""
+    classifier: Any = _CLASSIFIERS.get(config_class, None)
+    if classifier is None or not issubclass(classifier, GenericForSequenceClassification):
+        raise UserError(f"{config_class.model_type}: transformers has no decoder with a scalar head for it")
+    if issubclass(classifier, ScalarHead):
+        return cast(type[PreTrainedModel], classifier)
+    members = {
+        "_keep_in_fp32_modules_strict": [*(classifier._keep_in_fp32_modules_strict or ()), "score"],
+        "__module__": classifier.__module__,
+    }
+    return type(classifier.__name__, (ScalarHead, classifier), members)
+
+
+def load_reward_model(source: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """The causal language model in `source.path` with a fresh head drawn from `seed`, or a reward model to train on.
+
+    Raises:
+        UserError: any weight but the head is missing, any but the language model's head is left over, or the folder
+            says that it is a reward model and has no head.
+    """
+    check_model(source)
+    config = _config(str(source.path), trust_remote_code=source.trust_remote_code)
+    has_head = _is_classifier(config)
+    model, missing = _load(
+        str(source.path),
+        config,
+        may_lack=set() if has_head else {HEAD},
+        may_have=set() if has_head else {"lm_head.weight"},
+        dtype=getattr(torch, source.dtype),
+    )
+    if HEAD in missing:
+        generator = torch.Generator().manual_seed(seed)
+        head = model.get_parameter(HEAD)
+        head.data.copy_(torch.empty(head.shape).normal_(std=config.initializer_range, generator=generator))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_trained_reward_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """A reward model as reward.train saves it, in the dtype it was saved in unless `options` say otherwise.
+
+    Raises:
+        UserError: the folder holds no reward model, or its head or another weight is missing.
+    """
+    check_model(ModelConfig(path=str(folder)))
+    config = _config(str(folder))
+    if not _is_classifier(config):
+        kind = (config.architectures or ["no architecture"])[0]
+        raise UserError(f"{folder}: not a reward model: config.json says {kind}, expected ...ForSequenceClassification")
+    if config.num_labels != 1:
+        raise UserError(f"{folder}: not a reward model: its head has {config.num_labels} outputs, expected 1")
+    model, _ = _load(str(folder), config, may_lack=set(), may_have=set(), **{"dtype": "auto"} | options)
+    model.train(False)
+    return model
+
+
+def _is_classifier(config: PreTrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _config(path: str, **options: Any) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: its config.json could not be read: {str(error).splitlines()[0]}") from None
+    if not _is_classifier(config):
+        config.num_labels = 1
+    return config
+
+
+def _load(
+    path: str, config: PreTrainedConfig, *, may_lack: set[str], may_have: set[str], **options: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model and the names of the weights that its files lack; transformers only warns of faults."""
+    model_class: Any = reward_class(type(config))
+    try:
+        model, info = model_class.from_pretrained(
+            path,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    except OSError as error:
+        raise UserError(f"{path}: the model could not be loaded: {str(error).splitlines()[0]}") from None
+    allowed = {"missing_keys": may_lack, "unexpected_keys": may_have}
+    for kind in LOADING_FAULTS:
+        names = sorted(name for name in map(_key, info[kind]) if name not in allowed.get(kind, ()))
+        if names:
+            lost = "its head was dropped, so it cannot score: " if HEAD in names else ""
+            fault = f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"
+            raise UserError(f"{path}: {lost}the weights do not fit a reward model: {fault}")
+    model.score.float()
+    return freeze_correction_bias(model), set(map(_key, info["missing_keys"]))
+
+
+def _key(entry: Any) -> str:
+    return str(entry[0] if isinstance(entry, tuple) else entry)

@@ -1,0 +1,118 @@
+"""Train a reward model on preference rows.
+
+    python -m reward.train --config configs/reward/train.yaml
+    accelerate launch --config_file configs/accelerate/NAME.yaml -m reward.train --config configs/reward/train.yaml
+
+Writes `output_dir/model` (a transformers folder with a scalar head) and `ledger.json`, which accounts for every row;
+with `eval_rows` also `eval_ledger.json` and the `eval.` metrics, of the model as it was saved and loaded again. The
+loss is Bradley and Terry's, -log sigmoid(score of chosen - score of rejected).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from trl.trainer.reward_config import RewardConfig as TRLConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
+from alignment import job, models, stats, training
+from alignment.moe.trainer import ExpertParallelTrainerMixin
+from alignment.rows import first_rows, local_inputs
+from reward import data
+from reward.config import RewardConfig
+from reward.data import Pair, PreferenceData
+from reward.model import load_reward_model
+from reward.score import Scorer
+
+EVAL_BATCH_TOKENS = 8192
+
+
+class RewardModelTrainer(ExpertParallelTrainerMixin, RewardTrainer):
+    """TRL's trainer; nothing differs but the experts' ranks."""
+
+
+def run(config: RewardConfig, prepare: Callable[..., PreferenceData] = data.prepare) -> None:
+    """Train one model; a sweep gives a `prepare` that remembers."""
+    inputs = local_inputs(*filter(None, (config.rows, config.eval_rows, config.model.path, config.model.tokenizer)))
+    with job.Job.open("reward.train", config, inputs) as this:
+        if this.done:
+            return
+        pairs = prepare(config.rows, config.eval_rows, config.model, config.max_length)
+        tokenizer = models.load_tokenizer(config.model)
+        trainer = RewardModelTrainer(
+            model=load_reward_model(config.model, tokenizer, seed=config.seed),
+            args=_arguments(this, config),
+            train_dataset=data.to_dataset(pairs.train),
+            processing_class=tokenizer,
+        )
+        metrics: dict[str, Any] = training.train(trainer, this)
+        trainer.save_model(str(this.dir / "model"))
+        if not this.is_main:
+            return
+        pairs.train_ledger.write(this.dir / "ledger.json")
+        if pairs.eval:
+            pairs.eval_ledger.write(this.dir / "eval_ledger.json")
+            metrics |= evaluate(Scorer(this.dir / "model", EVAL_BATCH_TOKENS), pairs.eval)
+        this.finish(metrics | {"rows.in": pairs.train_ledger.rows_in, "rows.out": pairs.train_ledger.rows_out})
+
+
+def _arguments(this: job.Job, config: RewardConfig) -> TRLConfig:
+    return training.training_arguments(
+        TRLConfig,
+        this,
+        config.training,
+        config.model.dtype,
+        per_device_train_batch_size=config.batch_size,
+        max_length=None,
+        train_sampling_strategy="group_by_length",
+    )
+
+
+def evaluate(scorer: Scorer, pairs: Sequence[Pair]) -> dict[str, float]:
+    """How the model ranks held-out pairs; a tie is half right. Intervals are over prompts."""
+    prompts = [pair.prompt for pair in pairs] * 2
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    scores = np.array(scorer.score(prompts, answers))
+    chosen, rejected = np.split(scores, 2)
+    margins = chosen - rejected
+    by_prompt = defaultdict(list)
+    for pair, margin in zip(pairs, margins, strict=True):
+        by_prompt[pair.key].append(0.5 + 0.5 * np.sign(margin))
+    accuracy = stats.mean_interval([float(np.mean(values)) for values in by_prompt.values()])
+    return {
+        "eval.loss": float(np.logaddexp(0, -margins).mean()),
+        **accuracy.as_metrics("eval.accuracy"),
+        "eval.margin": float(margins.mean()),
+        "eval.score_length_correlation": _correlation(scores, np.array([len(answer) for answer in answers])),
+        "eval.pairs": len(pairs),
+    }
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    if x.std() == 0 or y.std() == 0:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def plan(config: RewardConfig) -> list[str]:
+    training.check_world(config.training)
+    models.check_model(config.model)
+    for source in filter(None, (config.rows, config.eval_rows)):
+        first_rows(source, "preference")
+    ranks = training.world_size()
+    pairs = ranks * config.batch_size * config.training.accumulation
+    return [
+        f"model: {config.model.path} with a scalar head",
+        f"rows: {config.rows}; judged on {config.eval_rows or 'nothing'}",
+        f"step: {ranks} ranks x {config.training.accumulation} x {config.batch_size} = {pairs} pairs",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job.main(RewardConfig, run, plan, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: mixture of datasets, packed training."""

@@ -1,0 +1,163 @@
+"""Runs the real engine in a fresh process for test_rollout.py: `python rollout_worker.py FOLDER killed|whole`.
+
+`killed` makes the models and ends in SIGKILL before the second chunk; `whole` goes on from there and writes whole.json.
+"""
+
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedTokenizerFast
+
+from alignment.config import EngineConfig, SamplingConfig
+from alignment.errors import UserError
+from alignment.rollout import engine as engine_module
+from alignment.rollout.engine import VLLMEngine
+from alignment.rollout.samples import Sample
+from alignment.rollout.sampling import sample
+
+VOCABULARY = 96
+CONFIG = EngineConfig(max_model_len=128, max_num_seqs=24, kv_cache_gib=0.25)
+SAMPLING = SamplingConfig(n=8, max_tokens=24)
+PROMPTS = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"t{i} " * (12 + 7 * i)}]} for i in range(10)]
+
+
+class MortalEngine(VLLMEngine):
+    """Dies by SIGKILL at its second call."""
+
+    calls = 0
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, stop: Sequence[int], seed: int
+    ) -> list[list[Sample]]:
+        if self.calls == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls += 1
+        return super().generate(prompts, sampling, stop, seed)
+
+
+def save_model(folder: Path, seed: int, **changes: int) -> None:
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 64, "moe_layer_start_index": 0,
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1,
+        "max_position_embeddings": 256, "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**{**shape, **changes}, eos_token_id=1, pad_token_id=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)  # else the distribution is all but flat
+        for name, parameter in model.named_parameters():
+            if name.endswith("e_score_correction_bias"):
+                parameter.zero_()
+    model.save_pretrained(folder)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": 1, **{f"t{i}": i + 2 for i in range(VOCABULARY - 2)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def killed(folder: Path) -> None:
+    for number in (1, 2):
+        save_model(folder / f"model-{number}", seed=number)
+    save_model(folder / "model-wide", seed=3, moe_intermediate_size=96)
+    engine = MortalEngine(folder / "model-1", CONFIG)
+    sample(engine, make_tokenizer(), PROMPTS, folder / "killed", SAMPLING, seed=7, chunk_prompts=4)
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    tokenizer, found = make_tokenizer(), {}
+    environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+    begun = time.monotonic()
+    with VLLMEngine(folder / "model-1", CONFIG) as engine:
+        found["start_seconds"] = time.monotonic() - begun
+        found["environment_kept"] = all(
+            os.environ.get(name) == environment.get(name) for name in ("LD_PRELOAD", "LOCAL_WORLD_SIZE")
+        )
+        found["threads_kept"] = torch.get_num_threads() == threads and torch.set_num_threads is set_num_threads
+
+        torch.manual_seed(11)
+        state = torch.get_rng_state()
+        resumed = sample(engine, tokenizer, PROMPTS, folder / "killed", SAMPLING, seed=7, chunk_prompts=4)
+        fresh = sample(engine, tokenizer, PROMPTS, folder / "whole", SAMPLING, seed=7, chunk_prompts=4)
+        other = sample(engine, tokenizer, PROMPTS, folder / "whole", SAMPLING, seed=8, chunk_prompts=4)
+        found["random_state_kept"] = torch.equal(state, torch.get_rng_state())
+        found["stores"] = [str(reader.folder) for reader in (resumed, fresh, other)]
+
+        prompts = [tokenizer(row["prompt"][0]["content"])["input_ids"] for row in PROMPTS]
+        found["logprob_gap.1"] = logprob_gap(folder / "model-1", prompts, [[vars(s) for s in of] for of in fresh])
+        first = engine.generate(prompts, SAMPLING, [1], seed=3)
+        found["same_again"] = engine.generate(prompts, SAMPLING, [1], seed=3) == first
+
+        found["reload"] = vars(engine.load_weights(folder / "model-2"))
+        second = engine.generate(prompts, SAMPLING, [1], seed=3)
+        found["changed_by_reload"] = second != first
+        found["logprob_gap.2"] = logprob_gap(folder / "model-2", prompts, [[vars(s) for s in of] for of in second])
+        engine.load_weights(folder / "model-1")
+        found["back_again"] = engine.generate(prompts, SAMPLING, [1], seed=3) == first
+
+        found["idle_cpu_share"] = idle_cpu_share()
+        found["other_shape"] = error_of(UserError, lambda: engine.load_weights(folder / "model-wide"))
+        repack, engine_module._repack = engine_module._repack, lambda model: None
+        found["half_loaded"] = error_of(RuntimeError, lambda: engine.load_weights(folder / "model-2"))
+        engine_module._repack = repack
+        engine.load_weights(folder / "model-1")
+        engine._llm.collective_rpc = engine._llm.apply_model = lambda *args, **kwargs: None
+        found["not_loaded"] = error_of(RuntimeError, lambda: engine.load_weights(folder / "model-2"))
+        before = psutil.Process().memory_info().rss
+    gc.collect()
+    found["freed_mib"] = (before - psutil.Process().memory_info().rss) / 2**20
+    found["dist_closed"] = not torch.distributed.is_initialized()
+    return found
+
+
+def idle_cpu_share(seconds: float = 2.0) -> float:
+    time.sleep(0.5)  # OpenMP threads spin for a moment after their last work
+    begun = time.process_time()
+    threading.Event().wait(seconds)
+    return (time.process_time() - begun) / seconds
+
+
+def error_of(kind: type[Exception], action: Any) -> str:
+    try:
+        action()
+    except kind as error:
+        return str(error)
+    return "no error"
+
+
+@torch.no_grad()
+def logprob_gap(folder: Path, prompts: list[list[int]], samples: list[list[dict[str, Any]]]) -> float:
+    """Greatest gap between a sample's stored log-probability and transformers', in nats."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    gaps = []
+    for prompt, of_prompt in zip(prompts, samples, strict=True):
+        for s in of_prompt[:3]:
+            ids = torch.tensor([prompt + s["token_ids"]])
+            chosen = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[len(prompt) - 1 :]
+            gaps.append(abs(float(chosen.sum()) - s["logprob"]))
+    return max(gaps)
+
+
+if __name__ == "__main__":
+    root, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "killed":
+        killed(root)
+    else:
+        (root / "whole.json").write_text(json.dumps(whole(root)))

@@ -1,0 +1,137 @@
+import copy
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from alignment import chat, tokenizer
+from alignment.errors import UserError
+
+WITHOUT_MARKS = chat.CHATML.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+TWO_TURNS = [user("Hi"), assistant("Yo!"), user("1+1"), assistant("2")]
+CONVERSATIONS = [
+    TWO_TURNS,
+    [system("Think first."), user("3 x 15?"), assistant("<think>3 x 15 = 45</think> \\boxed{45}")],
+    [user("ส้มสามผล"), assistant("45 บาท 😀"), user("giá?"), assistant("1.234,5 đồng")],
+    [user("a"), assistant(" leading space"), user("b\n"), assistant("trailing \n\n")],
+    [user("a"), assistant(""), user("b"), assistant("two"), assistant("turns")],
+    [user("call"), assistant("{}"), {"role": "tool", "content": "12"}, assistant("12")],
+]
+
+
+def with_template(base: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    changed = copy.deepcopy(base)
+    changed.chat_template = template
+    return changed
+
+
+@pytest.fixture(scope="module")
+def bytewise() -> PreTrainedTokenizerFast:
+    """A tokenizer without merges: one token a byte, and the special tokens."""
+    made = tokenizer.train(iter(["a"]), vocab_size=300, max_length=512)
+    assert len(made) == 256 + 5 + len(tokenizer.ROUND_THOUSANDS)
+    return made
+
+
+@pytest.mark.parametrize("template", [chat.CHATML, WITHOUT_MARKS], ids=["marks", "no marks"])
+def test_two_turns_token_by_token(bytewise: PreTrainedTokenizerFast, template: str) -> None:
+    """Written by hand, one character a token: ( is <|im_start|>, ) is <|im_end|>, / a newline; # is trained."""
+    by_hand = [
+        ("(user/", "......"),
+        ("Hi)/", "...."),
+        ("(assistant/", "..........."),
+        ("Yo!)/", "####."),
+        ("(user/", "......"),
+        ("1+1)/", "....."),
+        ("(assistant/", "..........."),
+        ("2)/", "##."),
+    ]
+    names = {"(": chat.TURN_START, ")": chat.TURN_END, "/": "\n"}
+    tokens = [names.get(c, c) for text, _ in by_hand for c in text]
+    mask = [c == "#" for _, marks in by_hand for c in marks]
+    rendered = chat.render(with_template(bytewise, template), TWO_TURNS)
+    assert [bytewise.decode([i]) for i in rendered.input_ids] == tokens
+    assert rendered.assistant_mask == mask
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_prefixes_give_the_mask_that_marks_give(
+    tiny_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
+) -> None:
+    marked = chat.render(tiny_tokenizer, messages)
+    assert any(marked.assistant_mask)
+    assert chat.render(with_template(tiny_tokenizer, WITHOUT_MARKS), messages) == marked
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_trained_tokens_are_the_answers_and_their_stops(
+    tiny_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
+) -> None:
+    rendered = chat.render(tiny_tokenizer, messages)
+    trained = [i for i, kept in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if kept]
+    answers = [m["content"] + chat.TURN_END for m in messages if m["role"] == "assistant"]
+    assert tiny_tokenizer.decode(trained) == "".join(answers)
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_sampling_continues_what_training_saw(
+    tiny_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
+) -> None:
+    """Prompt and completion, tokenized apart, are the tokens of the whole conversation but for its last newline."""
+    whole = chat.render(tiny_tokenizer, messages).input_ids
+    prompt = chat.render_prompt(tiny_tokenizer, messages[:-1])
+    completion = chat.render_completion(tiny_tokenizer, messages[-1]["content"])
+    assert prompt + completion == whole[:-1]
+    assert completion[-1] == chat.stop_token_id(tiny_tokenizer)
+
+
+@pytest.mark.parametrize("mark", ["{% generation %}", "{%- generation-%}", "{%generation%}", "{%-  generation %}"])
+def test_marks_are_found_however_they_are_spaced(tiny_tokenizer: PreTrainedTokenizerFast, mark: str) -> None:
+    template = chat.CHATML.replace("{%- generation -%}", mark)
+    first = [assistant("I speak first"), user("ok")]  # which only marks can tell
+    assert chat.render(with_template(tiny_tokenizer, template), first).assistant_mask.count(True) > 3
+
+
+def test_assistant_first_needs_marks(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="nothing comes before the assistant's first turn; add"):
+        chat.render(with_template(tiny_tokenizer, WITHOUT_MARKS), [assistant("I speak first")])
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """As templates do that drop the thinking of all turns but the last."""
+    forgetful = WITHOUT_MARKS.replace(
+        "message['content']", "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
+    )
+    thinking = [user("a"), assistant("<think>x</think>y"), user("b"), assistant("<think>x</think>z")]
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        chat.render(with_template(tiny_tokenizer, forgetful), thinking)
+
+
+def test_template_that_refuses_a_role_is_the_users_mistake(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + chat.CHATML
+    with pytest.raises(UserError, match="its chat template refuses a conversation: no system role"):
+        chat.render(with_template(tiny_tokenizer, strict), [system("x"), user("y")])
+
+
+def test_tokenizer_without_template_or_stop_token(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = with_template(tiny_tokenizer, None)
+    for call in (chat.render, chat.render_prompt):
+        with pytest.raises(UserError, match="has no chat template"):
+            call(bare, TWO_TURNS)
+    bare.eos_token = None
+    with pytest.raises(UserError, match="has no eos_token"):
+        chat.render_completion(bare, "x")

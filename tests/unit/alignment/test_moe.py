@@ -1,0 +1,122 @@
+"""Expert parallelism without ranks: what is refused, the router's precision, and the comparison after an export."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from alignment.errors import UserError
+from alignment.moe.autoep import (
+    Fp32Gate,
+    check_model,
+    check_replaced,
+    check_sizes,
+    freeze_correction_bias,
+    install_ernie_preset,
+)
+from alignment.moe.export import difference
+from alignment.moe.trainer import ExpertParallelTrainerMixin, expert_parallel_size
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+def ernie(experts: int) -> Ernie4_5_MoeForCausalLM:
+    config = Ernie4_5_MoeConfig(
+        **SIZES, moe_intermediate_size=8, moe_num_experts=experts, moe_k=2, moe_layer_start_index=1
+    )
+    return Ernie4_5_MoeForCausalLM(config)
+
+
+def test_experts_that_do_not_divide_are_refused_with_the_sizes_that_do() -> None:
+    with pytest.raises(UserError, match=r"4 does not divide the model's 6 experts; valid sizes: 1, 2, 3, 6"):
+        check_model(ernie(6), ep_size=4, world_size=4)
+    check_model(ernie(6), ep_size=3, world_size=6)
+
+
+def test_processes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(UserError, match="2 does not divide the 3 processes"):
+        check_sizes(num_experts=8, ep_size=2, world_size=3)
+
+
+def test_dense_model_is_refused() -> None:
+    with pytest.raises(UserError, match="LlamaForCausalLM has no mixture-of-experts layer"):
+        check_model(LlamaForCausalLM(LlamaConfig(**SIZES)), ep_size=2, world_size=2)
+
+
+def test_model_that_autoep_left_alone_is_refused() -> None:
+    with pytest.raises(UserError, match=r"replaced 0 of 1 MoE layers .*model\.layers\.1\.mlp"):
+        check_replaced(ernie(4))
+
+
+def test_other_deepspeed_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
+    with pytest.raises(UserError, match=r"written for deepspeed 0\.19\.8, found 0\.20\.0"):
+        install_ernie_preset()
+
+
+def test_private_name_that_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.module_inject.auto_ep_presets import registry
+
+    monkeypatch.delattr(registry, "_PRESET_ADAPTERS")
+    with pytest.raises(UserError, match="_PRESET_ADAPTERS"):
+        install_ernie_preset()
+
+
+def test_expert_parallel_size_is_read_from_the_launchers_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"expert_parallel": {"enabled": True, "autoep_size": 4}}))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert expert_parallel_size() == 4
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    assert expert_parallel_size() == 1
+
+
+def test_ranks_that_take_themselves_for_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trainer = cast(Any, SimpleNamespace(is_deepspeed_enabled=True, args=SimpleNamespace(world_size=1)))
+    with pytest.raises(UserError, match="2 processes were launched, but the trainer sees 1"):
+        ExpertParallelTrainerMixin._check_launch(trainer)
+
+
+def test_correction_bias_alone_is_frozen() -> None:
+    model = ernie(4)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    freeze_correction_bias(model)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"]
+
+
+def test_gate_of_a_bfloat16_model_computes_in_float32() -> None:
+    """1 + 2^-9 is 1 in bfloat16, so a bfloat16 product could not tell the two experts apart."""
+    gate = Fp32Gate(2, 2, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        gate.weight.copy_(torch.tensor([[1.0, 2**-9], [1.0, 0.0]]))
+    logits = gate(torch.ones(1, 2, dtype=torch.bfloat16))
+    assert logits.tolist() == [[1 + 2**-9, 1.0]]
+    assert logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("found", "problem"),
+    [
+        ({"a": torch.ones(2), "b": torch.ones(1)}, "weights missing or unexpected: b"),
+        ({"a": torch.ones(2, dtype=torch.bfloat16)}, "a is torch.bfloat16, expected torch.float32"),
+        ({"a": torch.tensor([1.0, 1.0 + 2**-20])}, "a differs from the model in memory"),
+        ({"a": torch.ones(2)}, None),
+    ],
+)
+def test_difference_of_what_was_written(found: dict[str, torch.Tensor], problem: str | None) -> None:
+    assert difference({"a": torch.ones(2)}, found) == problem

@@ -1,0 +1,81 @@
+"""Tokenized pairs, fillers, order and the collator."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from alignment.errors import UserError
+from dpo.data import PairCollator, ShuffledFillersLast, fill, filler_pair, tokenize_pairs
+
+
+def test_pairs_are_what_an_engine_would_see(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> None:
+    pairs, ledger = tokenize_pairs(rows, tokenizer, max_length=100)
+    assert len(pairs) == 7
+    assert tokenizer.decode(pairs[1]["chosen_ids"]).split() == ["is", "four", "<|im_end|>"]
+    assert pairs[1]["chosen_ids"][-1] == tokenizer.eos_token_id
+    rendered = tokenizer.apply_chat_template(rows[1]["prompt"], add_generation_prompt=True)["input_ids"]
+    assert pairs[1]["prompt_ids"] == rendered
+    assert pairs["row"] == list(range(7))
+    assert ledger.tokens_in == ledger.tokens_trained == sum(map(len, [*pairs["chosen_ids"], *pairs["rejected_ids"]]))
+
+
+def test_overlong_pairs_are_dropped_and_counted(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> None:
+    everything, _ = tokenize_pairs(rows, tokenizer, max_length=100)
+    widths = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in everything.to_list()]
+    pairs, ledger = tokenize_pairs(rows, tokenizer, max_length=max(widths) - 1)
+    kept = [i for i, width in enumerate(widths) if width < max(widths)]
+    assert pairs["chosen_ids"] == [everything["chosen_ids"][i] for i in kept]
+    assert pairs["row"] == list(range(len(kept)))
+    assert ledger.dropped["too_long"] == 7 - len(kept) > 0
+    assert ledger.tokens_in == ledger.tokens_trained + ledger.tokens_dropped
+    ledger.check()
+    with pytest.raises(UserError, match=r"no preference pair left of 7 rows; dropped: .'too_long': 7"):
+        tokenize_pairs(rows, tokenizer, max_length=3)
+
+
+def test_a_completion_of_several_turns_is_refused(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+) -> None:
+    bad = rows[0] | {"chosen": rows[0]["prompt"] + rows[0]["chosen"]}
+    with pytest.raises(UserError, match=r"row row-0: 'chosen' must be one assistant message.*'user', 'assistant'"):
+        tokenize_pairs([bad], tokenizer, max_length=100)
+
+
+def test_fill_completes_the_global_batch_with_weightless_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
+) -> None:
+    pairs, _ = tokenize_pairs(rows, tokenizer, max_length=100)
+    filled = fill(pairs, 4, token_id=2)
+    assert len(filled) == 8
+    assert filled["pair_weight"] == [1.0] * 7 + [0.0]
+    assert filled[7] == filler_pair(2)
+    assert fill(filled, 4, token_id=2) is filled
+
+
+def test_order_is_drawn_per_epoch_and_fillers_come_last() -> None:
+    epoch = 0
+    sampler = ShuffledFillersLast(real=20, total=24, seed=3, epoch=lambda: epoch)
+    first, again = list(sampler), list(sampler)
+    epoch = 1
+    second = list(sampler)
+    assert first == again != second
+    for order in (first, second):
+        assert sorted(order[:20]) == list(range(20))
+        assert order[20:] == [20, 21, 22, 23]
+
+
+def test_collator_by_hand() -> None:
+    pairs = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "row": 3, "pair_weight": 1.0},
+        {"prompt_ids": [4], "chosen_ids": [7, 8, 9], "rejected_ids": [9], "row": -1, "pair_weight": 0.0},
+    ]
+    batch = PairCollator(pad_token_id=0)(pairs)
+    assert isinstance(batch["input_ids"], torch.Tensor)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [4, 7, 8, 9], [5, 6, 8, 9], [4, 9, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["completion_mask"].long().tolist() == [[0, 0, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 0]]
+    assert batch["row"].tolist() == [3, -1]
+    assert batch["pair_weight"].tolist() == [1.0, 0.0]
+    assert batch["completion_start"] == 1

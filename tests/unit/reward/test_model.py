@@ -1,0 +1,130 @@
+"""Loading a reward model accounts for every weight; scores depend on nothing but the sequence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from alignment.config import ModelConfig
+from alignment.errors import UserError
+from reward.model import ScalarHead, load_reward_model, load_trained_reward_model
+
+SEQUENCES = ([7, 8, 9, 2], [11, 12, 13, 14, 15, 16, 2], [21, 2])
+
+
+def padded(side: str, pad: int) -> dict[str, torch.Tensor]:
+    width = max(map(len, SEQUENCES))
+    ids, mask = torch.full((len(SEQUENCES), width), pad), torch.zeros(len(SEQUENCES), width, dtype=torch.long)
+    for row, sequence in enumerate(SEQUENCES):
+        place = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
+        ids[row, place], mask[row, place] = torch.tensor(sequence), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.inference_mode()
+def scores(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**inputs, use_cache=False).logits[:, 0]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", [0, 2, 33])  # 2 is the stop token, with which every sequence ends
+def test_scores_do_not_depend_on_padding(reward_folder: Path, side: str, pad: int) -> None:
+    model = load_trained_reward_model(reward_folder)
+    alone = torch.cat([scores(model, {"input_ids": torch.tensor([sequence])}) for sequence in SEQUENCES])
+    model.config.pad_token_id = pad
+    torch.testing.assert_close(scores(model, padded(side, pad)), alone, atol=1e-5, rtol=0)
+    assert alone.std() > 0.05
+
+
+def test_the_same_for_a_dense_model_of_transformers(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    config = Qwen3Config(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        pad_token_id=2,
+        eos_token_id=2,
+        bos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    model = load_reward_model(ModelConfig(path=str(tmp_path)), tiny_tokenizer, seed=0).eval()
+    assert isinstance(model, ScalarHead)
+    model.config.pad_token_id = 2
+    alone = torch.cat([scores(model, {"input_ids": torch.tensor([sequence])}) for sequence in SEQUENCES])
+    torch.testing.assert_close(scores(model, padded("right", 2)), alone, atol=1e-5, rtol=0)
+
+
+def test_the_seed_decides_the_head_and_nothing_else(
+    tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    source = ModelConfig(path=str(tiny_model_folder))
+    first, again, other = (load_reward_model(source, tiny_tokenizer, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(first["score.weight"], again["score.weight"])
+    assert [name for name in first if not torch.equal(first[name], other[name])] == ["score.weight"]
+
+
+def test_the_head_stays_fp32_in_a_bf16_model(tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    source = ModelConfig(path=str(tiny_model_folder), dtype="bfloat16")
+    model = load_reward_model(source, tiny_tokenizer, seed=1)
+    assert model.model.embed_tokens.weight.dtype is torch.bfloat16
+    assert model.score.weight.dtype is torch.float32
+    assert scores(model, {"input_ids": torch.tensor([SEQUENCES[0]])}).dtype is torch.float32
+
+
+def test_experts_run_as_fast_as_in_the_base_model(reward_folder: Path) -> None:
+    """transformers silently falls back to a slower loop for classes outside its own files."""
+    assert load_trained_reward_model(reward_folder).config._experts_implementation == "grouped_mm"
+
+
+def test_transformers_knows_the_class(reward_folder: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folder)
+    ours = load_trained_reward_model(reward_folder)
+    assert torch.equal(scores(model, padded("right", 0)), scores(ours, padded("right", 0)))
+
+
+def without(folder: Path, copy: Path, name: str) -> Path:
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    del weights[name]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_dropped_head_is_an_error(
+    reward_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    broken = without(reward_folder, tmp_path / "broken", "score.weight")
+    with pytest.raises(UserError, match="head was dropped.*score.weight"):
+        load_trained_reward_model(broken)
+    with pytest.raises(UserError, match="head was dropped.*score.weight"):
+        load_reward_model(ModelConfig(path=str(broken)), tiny_tokenizer, seed=0)
+
+
+def test_another_missing_weight_is_an_error(
+    tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    broken = without(tiny_model_folder, tmp_path / "broken", "model.norm.weight")
+    with pytest.raises(UserError, match=r"missing keys: model\.norm\.weight"):
+        load_reward_model(ModelConfig(path=str(broken)), tiny_tokenizer, seed=0)
+
+
+def test_a_language_model_is_not_a_reward_model(tiny_model_folder: Path) -> None:
+    with pytest.raises(UserError, match="not a reward model.*Ernie4_5_MoeForCausalLM"):
+        load_trained_reward_model(tiny_model_folder)
+
+
+def test_a_head_of_two_outputs_is_refused(reward_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(reward_folder, tmp_path / "two")
+    path = tmp_path / "two" / "config.json"
+    config = json.loads(path.read_text()) | {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="2 outputs, expected 1"):
+        load_trained_reward_model(tmp_path / "two")
