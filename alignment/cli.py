@@ -43,6 +43,8 @@ def run(
         from alignment.pipeline import run_pipeline
 
         run_pipeline(pipeline, only, dry_run, Console())
+        if only is None and not dry_run:
+            _report(pipeline)
 
     _end(command)
 
@@ -103,18 +105,29 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command()
-def report(pipeline: Annotated[Path, typer.Argument(help="a recipe of configs/pipelines that has been run")]) -> None:
+def report(
+    pipeline: Annotated[Path, typer.Argument(help="a recipe of configs/pipelines that has been run")],
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the headline figure, a PNG")] = None,
+) -> None:
     """Write the HTML report and metrics.json of a pipeline, and print its main results."""
 
     def command() -> None:
-        from alignment import report as pages
+        _report(pipeline)
+        if picture is not None:
+            from alignment import report as pages
 
-        page = pages.build(pipeline)
-        console = Console()
-        console.print(pages.summary(pipeline))
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+            pages.picture(pipeline, picture)
 
     _end(command)
+
+
+def _report(pipeline: Path) -> None:
+    from alignment import report as pages
+
+    page = pages.build(pipeline)
+    console = Console()
+    console.print(pages.summary(pipeline))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
 def _end(command: Callable[[], None]) -> None:

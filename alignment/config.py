@@ -4,6 +4,7 @@ Unknown, duplicate, misspelt and wrongly typed keys are errors that name their p
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -127,7 +128,9 @@ def _index(target: list[Any], name: str, override: str) -> int:
 
 def _explain(cls: type[BaseModel], error: ErrorDetails, sources: dict[Place, str], path: Path) -> str:
     place = tuple(str(part) for part in error["loc"])
-    where = next((sources[place[:n]] for n in range(len(place), 0, -1) if place[:n] in sources), str(path))
+    above = (sources[place[:n]] for n in range(len(place), 0, -1) if place[:n] in sources)
+    below = (source for key, source in sources.items() if key[: len(place)] == place)
+    where = next(chain(above, below), str(path))
     dotted = ".".join(place)
     match error["type"]:
         case "extra_forbidden":
@@ -198,6 +201,7 @@ class TrainingConfig(Config):
     warmup_share: float = Field(0.03, ge=0, lt=1, description="share of the steps over which the rate rises from 0")
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     accumulation: int = Field(1, ge=1, description="micro-batches a rank runs in one optimizer step")
     gradient_checkpointing: bool = False
@@ -218,6 +222,6 @@ class EngineConfig(Config):
     """The vLLM engine that samples."""
 
     max_model_len: int = Field(1024, ge=16, description="tokens of prompt and answer, at most")
-    max_num_seqs: int = Field(512, ge=1, description="samples under way at once")
+    max_num_seqs: int = Field(1024, ge=1, description="samples under way at once")
     kv_cache_gib: float = Field(1.0, gt=0, description="memory of the key-value cache on CPU")
     chunk_prompts: int = Field(64, ge=1, description="prompts that are sampled and stored together")

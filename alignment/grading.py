@@ -1,4 +1,4 @@
-"""Samples of a store with the verdict of the answer rule beside each: the file that evaluation, pairs and best-of-n read."""
+"""Samples with the verdict of the answer rule beside each: the file that evaluation, pairs and best-of-n read."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -70,7 +70,7 @@ def read_graded(path: Path) -> Iterator[tuple[str, list[GradedSample]]]:
     names = [f.name for f in fields(GradedSample)]
     missing = set(names) - set(pq.read_schema(path).names)
     if missing:
-        raise UserError(f"{path}: not a file of graded samples: it has no column {sorted(missing)[0]!r}")
+        raise UserError(f"{path}: not a file of graded samples: it has no column {min(missing)!r}")
     batches = pq.ParquetFile(path).iter_batches(columns=names)
     rows = (GradedSample(**row) for batch in batches for row in batch.to_pylist())
     for name, group in groupby(rows, key=lambda row: row.id):

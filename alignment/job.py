@@ -37,6 +37,7 @@ EXIT_OK, EXIT_BUG, EXIT_USER = 0, 1, 2
 DIE_WITH_PARENT = "ALIGNMENT_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
 LOCK_SECONDS = 10.0
+SPOKESMAN_SECONDS = 3.0
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "math-verify", "POT", "datasets")
 
 
@@ -139,7 +140,13 @@ def guarded(command: Callable[[], None]) -> int:
 
 
 def _leave(code: int, message: str) -> int:
-    print(message if rank() == 0 else f"[rank {rank()}] {message}", file=sys.stderr, flush=True)
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+        return code
+    # Most often rank 0 says the same, and its end makes the launcher end this process too.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(SPOKESMAN_SECONDS)
+    print(f"[rank {rank()}] {message}", file=sys.stderr, flush=True)
     return code
 
 

@@ -6,6 +6,7 @@ Takes the arguments of `accelerate launch`, which runs the same; but where that 
 traceback of its own and code 1, this ends with the code of the rank and leaves the rank's message as the last word.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment import job
-from alignment.errors import UserError
+from alignment.errors import UserError, did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +30,10 @@ def launch(arguments: Sequence[str]) -> None:
         UserError: the port is in use, or the launcher's config cannot be read.
         job.RankFailed: a rank ended with another code than 0; its message stands above.
     """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on every start that it found no GPU
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -36,17 +41,35 @@ def launch(arguments: Sequence[str]) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     parsed = launch_command_parser().parse_args(list(arguments))
+    _check(parsed)
     try:
         launch_command(parsed)
     except ChildFailedError as error:
-        raise job.RankFailed(error.get_first_failure().exitcode) from None
+        _, failure = error.get_first_failure()
+        raise job.RankFailed(failure.exitcode) from None
     except SignalException as error:
         raise job.Interrupted(error.sigval) from None
     except (ConnectionError, DistNetworkError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the launcher's port cannot be used; choose another --main_process_port: {reason}") from None
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such launcher config") from None
+        raise UserError(f"the launcher's port cannot be used: {str(error).strip().splitlines()[0]}") from None
+
+
+def _check(parsed: argparse.Namespace) -> None:
+    """Refuse a config or port that cannot be used, and share the cores among the ranks."""
+    from accelerate.commands.config import load_config_from_file
+    from accelerate.utils import is_port_in_use
+
+    if parsed.config_file is None:
+        return
+    path = Path(parsed.config_file)
+    if not path.is_file():
+        hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise UserError(f"{path}: no such launcher config{hint}")
+    config = load_config_from_file(str(path))
+    port = config.main_process_port if parsed.main_process_port is None else parsed.main_process_port
+    if port and is_port_in_use(port):  # on one machine accelerate would only warn, and take another
+        raise UserError(f"port {port} is in use; choose another main_process_port, or 0 for any that is free")
+    ranks = (parsed.num_processes or config.num_processes) // (parsed.num_machines or config.num_machines)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
 
 
 def job_command(module: str, config: Path, overrides: Sequence[str] = (), accelerate: Path | None = None) -> list[str]:

@@ -1,5 +1,6 @@
 """Models: presets, folders and hub ids, and their parameter counts."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from alignment.config import Config, ModelConfig, load_config
 from alignment.errors import UserError, did_you_mean
+
+if not sys.stderr.isatty():
+    logging.disable_progress_bar()
 
 PRESETS = Path(__file__).parent.parent / "configs" / "models"
 # What transformers raises for a config or weights that it cannot read.
@@ -48,6 +53,19 @@ def preset_config(name: str, **changes: Any) -> PreTrainedConfig:
         raise UserError(f"preset {name!r}: no such file in {PRESETS}{did_you_mean(name, preset_names())}")
     preset = load_config(Preset, path)
     return AutoConfig.for_model(preset.architecture, **{**preset.config, **changes})
+
+
+def config_of(source: ModelConfig) -> PreTrainedConfig:
+    """The transformers config of a model, without its weights."""
+    if source.preset is not None:
+        return preset_config(source.preset)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(source.path), trust_remote_code=source.trust_remote_code
+        )
+    except UNREADABLE as error:
+        raise UserError(f"{source.path}: the model's config could not be read: {_first_line(error)}") from None
+    return config
 
 
 def preset_names() -> list[str]:

@@ -33,7 +33,7 @@ def read_rows(source: Path | str, kind: Kind = "any") -> Iterator[Row]:
     """Yield the rows of `source`, checked against `kind`.
 
     `source` is a file, a folder of files (read in the order of their names), or a hub id `org/name` with an optional
-    split, `org/name:train`.
+    configuration and split, `org/name:train` or `org/name:main:train`.
 
     Raises:
         UserError: no such source, malformed JSON, a row against the schema (file and line named), or no rows at all.
@@ -161,9 +161,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    name, _, split = source.partition(":")
+    name, *config, split = source.split(":") if ":" in source else (source, "train")
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, *config, split=split, streaming=True)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
         raise UserError(f"{source}: neither a local file nor a data set that the hub gives: {error}") from None
     for number, row in enumerate(rows, start=1):

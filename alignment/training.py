@@ -5,6 +5,8 @@ import os
 import shutil
 import sys
 import time
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,17 +14,30 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from alignment.config import TrainingConfig
+from alignment import models
+from alignment.config import ModelConfig, TrainingConfig
 from alignment.job import Interrupted, Job, deferred_interrupts
-from alignment.moe.trainer import ddp_backend
+from alignment.moe.autoep import check_model
+from alignment.moe.trainer import ddp_backend, expert_parallel_size
+
+# DeepSpeed 0.19.8 calls it, on every rank.
+warnings.filterwarnings("ignore", message=r"`torch.distributed.all_gather_into_tensor` is deprecated")
 
 A = TypeVar("A", bound=TrainingArguments)
 
+LINE_SECONDS = 10.0
 WHOLE = "WHOLE"  # the marker that a checkpoint was written to its end by every rank
 
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_parallel(source: ModelConfig) -> None:
+    """Refuse an expert-parallel size that does not divide the experts or the processes, before any weight is read."""
+    size = expert_parallel_size()
+    if size > 1:
+        check_model(models.on_meta(models.config_of(source)), size, world_size())
 
 
 def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: str, **specific: Any) -> A:
@@ -37,6 +52,7 @@ def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: s
         weight_decay=config.weight_decay,
         adam_beta1=config.adam_betas[0],
         adam_beta2=config.adam_betas[1],
+        adam_epsilon=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
         gradient_accumulation_steps=config.accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -67,11 +83,18 @@ def train(trainer: Trainer, job: Job) -> dict[str, float]:
         trainer.add_callback(callback)
         if checkpoint is not None and job.is_main:
             print(f"{job.name}: resumes from {checkpoint}")
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         signum = callback.stopped_by
     if signum is not None:
         raise Interrupted(signum)
-    return {"train.loss": result.training_loss, "train.steps": trainer.state.global_step}
+    return {"train.loss": mean_loss(trainer.state.log_history), "train.steps": trainer.state.global_step}
+
+
+def mean_loss(history: Sequence[Mapping[str, float]]) -> float:
+    """The mean over all steps, from the log that checkpoints keep; transformers' own forgets those before a resume."""
+    logged = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    before = [0, *(step for step, _ in logged[:-1])]
+    return sum((step - last) * loss for (step, loss), last in zip(logged, before, strict=True)) / logged[-1][0]
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
@@ -95,6 +118,7 @@ class JobCallback(TrainerCallback):
         self.stopped_by: int | None = None
         self.began = time.time()
         self.first_step = 0
+        self.next_line = self.began + LINE_SECONDS
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step = state.global_step
@@ -104,6 +128,7 @@ class JobCallback(TrainerCallback):
         _barrier()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # the last steps too, however few
         signum = _agree(self.pending() or 0)
         if signum:
             self.stopped_by = signum
@@ -117,7 +142,8 @@ class JobCallback(TrainerCallback):
         if not all(math.isfinite(value) for value in values.values()):
             raise FloatingPointError(f"step {state.global_step}: not finite: {values}")
         self.job.log(step=state.global_step, **values)
-        if self.job.is_main and args.disable_tqdm and "loss" in values:
+        if self.job.is_main and args.disable_tqdm and "loss" in values and time.time() > self.next_line:
+            self.next_line = time.time() + LINE_SECONDS
             speed = (state.global_step - self.first_step) / (time.time() - self.began)
             left = (state.max_steps - state.global_step) / speed if speed else 0
             print(

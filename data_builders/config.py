@@ -12,7 +12,8 @@ class SynthesizeConfig(JobConfig):
 
     languages: list[str] = Field(default=["en", "zh", "id", "ms", "th", "vi", "tl", "pt"], min_length=1)
     templates: list[str] | None = Field(None, description="default: all")
-    short_rows: int = Field(ge=1, description="SFT rows with short worked answers")
+    short_rows: int = Field(ge=1, description="SFT rows with short answers")
+    hasty_share: float = Field(0.0, ge=0, le=1, description="share of the short answers that show no working")
     long_rows: int = Field(ge=1, description="SFT rows with thinking before the answer")
     reward_prompts: int = Field(ge=1, description="prompts whose graded samples train the reward models")
     prompts: int = Field(ge=1, description="prompts of online preference training")
@@ -33,3 +34,12 @@ class PreferencesConfig(JobConfig):
     score_batch_tokens: int = Field(16384, ge=64)
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
+
+
+class QuestionsConfig(JobConfig):
+    """SFT rows and prompts from rows of questions with worked answers."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows with `question` and `answer` (`#### N` last)")
+    name: str = Field("gsm8k", pattern=r"^[A-Za-z0-9_-]+$", description="what the ids of the rows begin with")
+    language: str = "en"
+    prompts: int = Field(0, ge=0, description="rows set aside as prompts, drawn by the seed; the rest become SFT rows")

@@ -1,7 +1,7 @@
 """Which two of a prompt's samples become chosen and rejected, and why.
 
-The rule for prompts with a known answer is the Compass report's: discard the prompt where none is correct; chosen is the
-best-scored correct sample, rejected the best-scored incorrect one. Without scores the two are drawn at random.
+The rule for prompts with a known answer is the Compass report's: discard the prompt where none is correct; chosen is
+the best-scored correct sample, rejected the best-scored incorrect one. Without scores the two are drawn at random.
 """
 
 import random
@@ -54,8 +54,9 @@ def choose(candidates: Sequence[Candidate], count: int, seed: str) -> list[Pair]
     scored = all(c.score is not None for c in distinct)
     policy = "math_best_scored" if scored else "math_random"
     order = _by_score if scored else _shuffled
-    pairs = zip(order(correct, f"{seed}/correct"), order(incorrect, f"{seed}/incorrect"), strict=False)
-    return [Pair(chosen, rejected, policy) for chosen, rejected in pairs][:count]
+    best, hardest = order(correct, f"{seed}/correct"), order(incorrect, f"{seed}/incorrect")
+    # Of a small model's samples few are correct in a way of their own: a correct one meets several incorrect ones.
+    return [Pair(best[i % len(best)], rejected, policy) for i, rejected in enumerate(hardest[:count])]
 
 
 def pair_row(prompt: Row, pair: Pair) -> Row:

@@ -2,8 +2,8 @@
 
     python -m data_builders.synthesize --config configs/data/demo.yaml
 
-Writes sft_short.jsonl, sft_long.jsonl (rows with `messages`), reward_prompts.jsonl, prompts.jsonl and held_out.jsonl (rows
-with `prompt` and `answer`). SFT, reward prompts, prompts and held-out share no problem, whatever its language.
+Writes sft_short.jsonl, sft_long.jsonl (rows with `messages`), reward_prompts.jsonl, prompts.jsonl and held_out.jsonl
+(rows with `prompt` and `answer`). SFT, reward prompts, prompts and held-out share no problem, whatever its language.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ def run(config: SynthesizeConfig) -> None:
         train = [task for name, tasks in parts.items() if name != "held_out" for task in tasks]
         synthesis.check_disjoint(train, parts["held_out"])
         for name, tasks in parts.items():
-            write_rows(this.dir / f"{name}.jsonl", rows(name, tasks))
+            write_rows(this.dir / f"{name}.jsonl", rows(name, tasks, config.hasty_share))
         this.finish({f"rows.{name}": len(tasks) for name, tasks in parts.items()})
 
 
@@ -67,10 +67,10 @@ def generate(config: SynthesizeConfig, split: synthesis.Split, count: int) -> It
     )
 
 
-def rows(name: str, tasks: Iterable[Task]) -> Iterator[Row]:
+def rows(name: str, tasks: Iterable[Task], hasty_share: float) -> Iterator[Row]:
     match name:
         case "sft_short":
-            return (_sft(task, task.short_answer, []) for task in tasks)
+            return (_sft(task, _short_answer(task, hasty_share), []) for task in tasks)
         case "sft_long":
             thinking = [{"role": "system", "content": THINKING_PROMPT}]
             return (
@@ -79,6 +79,12 @@ def rows(name: str, tasks: Iterable[Task]) -> Iterator[Row]:
             )
         case _:
             return (_head(task) | {"prompt": [_question(task)], "answer": task.answer} for task in tasks)
+
+
+def _short_answer(task: Task, hasty_share: float) -> str:
+    """Worked or, for a share of the tasks, hasty: real SFT data is of mixed quality too."""
+    hasty = int(sha256(f"hasty/{task.id}".encode()).hexdigest()[:8], 16) < hasty_share * 2**32
+    return task.hasty_answer if hasty else task.short_answer
 
 
 def _head(task: Task) -> Row:

@@ -2,12 +2,12 @@
 
     python -m dpo.online --config configs/dpo/demo-online.yaml
 
-Round k samples from the policy that round k - 1 left behind, pairs the samples (data_builders.pairs) and trains on them
-with a `dpo.train` job of its own, on the ranks of `accelerate` where that is given. One vLLM engine lives through all
-rounds and takes each round's weights; it refuses weights whose log-probabilities are not those of transformers.
+Round k samples from the policy that round k - 1 left behind, pairs the samples (data_builders.pairs) and trains on
+them with a `dpo.train` job of its own, on the ranks of `accelerate` where that is given. One vLLM engine lives through
+all rounds and takes each round's weights; it refuses weights whose log-probabilities are not those of transformers.
 
-Writes, for each round, `round_K/` with samples, graded.parquet, scores.parquet, pairs.jsonl, rejects.jsonl, ledger.json,
-`train/` (the job, with `model/`) and `evaluation/`. A killed run goes on where it was.
+Writes, for each round, `round_K/` with samples, graded.parquet, scores.parquet, pairs.jsonl, rejects.jsonl,
+ledger.json, `train/` (the job, with `model/`) and `evaluation/`. A killed run goes on where it was.
 """
 
 import random

@@ -85,6 +85,7 @@ def check_loss(loss: LossConfig) -> None:
 def plan(config: DPOConfig) -> list[str]:
     check_loss(config.loss)
     models.check_model(config.model)
+    training.check_parallel(config.model)
     first_rows(config.rows, "preference")
     pairs = config.batch_size * training.world_size() * config.training.accumulation
     return [

@@ -387,7 +387,7 @@ def _last_hidden_state(model: Any) -> Iterator[list[Tensor]]:
     """
     states: list[Tensor] = []
     decoder = (model.get_base_model() if is_peft_model(model) else model).base_model
-    handle = decoder.register_forward_hook(lambda module, args, output: states.append(output.last_hidden_state))
+    handle = decoder.register_forward_hook(lambda _module, _args, output: states.append(output.last_hidden_state))
     try:
         yield states
     finally:

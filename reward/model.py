@@ -45,7 +45,7 @@ class ScalarHead(GenericForSequenceClassification):
         last_tokens: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores `logits`: [B, 1] of padded rows, or [N, 1] of a packed row with sequences that end at `last_tokens`."""
+        """Scores `logits`: [B, 1] of padded rows, or [N, 1] of a packed row whose sequences end at `last_tokens`."""
         if last_tokens is None:
             mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             position_ids = (mask_BT.cumsum(-1) - 1).clamp(min=0)
@@ -62,7 +62,7 @@ class ScalarHead(GenericForSequenceClassification):
             return SequenceClassifierOutputWithPast(logits=self.score(last_BD))
 
 
-class Ernie4_5_MoeForSequenceClassification(ScalarHead, Ernie4_5_MoePreTrainedModel):  # type: ignore[no-untyped-call]
+class Ernie4_5_MoeForSequenceClassification(ScalarHead, Ernie4_5_MoePreTrainedModel):  # noqa: N801
     """What transformers lacks."""
 
     _keep_in_fp32_modules_strict = [*Ernie4_5_MoePreTrainedModel._keep_in_fp32_modules_strict, "score"]  # noqa: RUF012

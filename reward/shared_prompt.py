@@ -75,7 +75,7 @@ def pack(groups: Sequence[Group], device: torch.device) -> dict[str, Any]:
 
 
 def shared_prompt_attention(
-    module: nn.Module,
+    _module: nn.Module,
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,

@@ -97,8 +97,8 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def plan(config: RewardConfig) -> list[str]:
-    training.check_world(config.training)
     models.check_model(config.model)
+    training.check_parallel(config.model)
     for source in filter(None, (config.rows, config.eval_rows)):
         first_rows(source, "preference")
     ranks = training.world_size()

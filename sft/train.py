@@ -81,6 +81,7 @@ def _arguments(this: job.Job, config: SFTConfig) -> TRLConfig:
 
 def plan(config: SFTConfig) -> list[str]:
     models.check_model(config.model)
+    training.check_parallel(config.model)
     for source in config.sources:
         first_rows(source.rows, "messages")
     packs = training.world_size() * config.training.accumulation

@@ -89,7 +89,7 @@ class ExpertParallelTrainerMixin(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Resume every weight. transformers saves experts under the hub's names and resumes by its own, leaving them out."""
+        """Resume every weight: transformers saves experts under the hub's names, and resumes without them."""
         if self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
             cast(Any, super())._load_from_checkpoint(resume_from_checkpoint, model)
             return

@@ -60,7 +60,7 @@ def curves(
     ys = [y for line in lines for _, y in line.points] + [y for line in lines for ends in line.band for y in ends]
     x = powers_of_two(min(xs), max(xs)) if doublings else linear(xs, count=max(3, round(width / 80)))
     if not doublings:
-        x = Axis(min(xs), max(max(xs), min(xs) + 1), [tick for tick in x.ticks if min(xs) <= tick <= max(xs)], x.format)
+        x = Axis(min(xs), max(*xs, min(xs) + 1), [tick for tick in x.ticks if min(xs) <= tick <= max(xs)], x.format)
     y = linear(ys, count=max(3, round(height / 60)), percent=percent)
     named = [line for line in lines if line.name]
     left = width_of(map(y.format, y.ticks)) + 8

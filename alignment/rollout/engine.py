@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from alignment.config import EngineConfig, ModelConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.fingerprint import weights_hash
 from alignment.models import check_model_folder, load_pretrained
+from alignment.rollout import cpu_sampler
 from alignment.rollout.samples import Sample
 
 GIB = 1 << 30
@@ -91,11 +93,14 @@ class VLLMEngine:
         self._shape = _shape(model)
         self.settings: dict[str, str | int | float] = {
             "engine": "vllm",
+            "sampler": "inverse transform" if self._on_cpu else "vllm",
             "dtype": dtype,
             "eager": self._eager,
             "device": current_platform.device_name,
             **config.model_dump(exclude={"chunk_prompts"}),
         }
+        if self._on_cpu:
+            cpu_sampler.install()
         with _own_random_state(0), self._stance(), _kept_process_state():
             self._llm: LLM | None = LLM(str(model), **self._options(config))
         if verify:
@@ -110,6 +115,7 @@ class VLLMEngine:
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": max(STEP_TOKENS, config.max_model_len, config.max_num_seqs),
             "enforce_eager": self._eager,
+            "use_tqdm_on_load": sys.stderr.isatty(),
             "enable_prefix_caching": True,
         }
         if self._on_cpu:

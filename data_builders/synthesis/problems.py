@@ -20,7 +20,7 @@ NOT_MONEY = frozenset(
 )
 # Small and round, as prices are: a model of a few million parameters is to learn them in minutes.
 COUNTS = range(2, 10)
-PRICES = range(5, 105, 5)
+PRICES = range(10, 110, 10)
 WEIGHTS = ("2", "3", "4", "5", "6", "7", "8", "9", "2.5")
 PAYMENTS = (50, 100, 200, 500, 1000)
 
@@ -138,8 +138,7 @@ def _minimum(rng: Random, total: int) -> int:
 
 def _draw_unit_price(rng: Random) -> Numbers:
     weight = Decimal(pick(rng, WEIGHTS))
-    whole = weight == weight.to_integral_value()
-    unit = pick(rng, PRICES if whole else range(10, 110, 10))  # a price of tens: no cents at half kilos
+    unit = pick(rng, PRICES)
     wanted = pick(rng, [kg for kg in COUNTS if kg != weight])
     return _numbers(weight=weight, price=weight * unit, wanted=wanted)
 
@@ -150,7 +149,7 @@ def _solve_unit_price(n: Numbers) -> Solution:
 
 
 def _draw_discount(rng: Random) -> Numbers:
-    count, price = pick(rng, range(2, 7)), pick(rng, range(10, 110, 10))
+    count, price = pick(rng, COUNTS), pick(rng, PRICES)
     return _numbers(count=count, price=price, percent=pick(rng, range(10, 100, 10)))
 
 
@@ -176,8 +175,8 @@ def _solve_voucher(n: Numbers) -> Solution:
 
 
 def _draw_bundle(rng: Random) -> Numbers:
-    first = pick(rng, range(15, 61, 5))
-    second = pick(rng, range(10, first, 5))  # the dearer product first: swapped, it would be the same problem
+    first = pick(rng, range(20, 110, 10))
+    second = pick(rng, range(10, first, 10))  # the dearer product first: swapped, it would be the same problem
     saving = pick(rng, range(5, min(second + 5, 25), 5))
     return _numbers(first=first, second=second, pack=first + second - saving, count=pick(rng, COUNTS))
 
@@ -215,7 +214,7 @@ def _solve_change(n: Numbers) -> Solution:
 
 
 def _draw_stock(rng: Random) -> Numbers:
-    start, delivered = pick(rng, range(100, 410, 10)), pick(rng, range(10, 100, 10))
+    start, delivered = pick(rng, range(200, 410, 10)), pick(rng, range(10, 100, 10))
     return _numbers(start=start, orders=pick(rng, COUNTS), each=pick(rng, (5, 10, 20)), delivered=delivered)
 
 
@@ -228,8 +227,8 @@ def _solve_stock(n: Numbers) -> Solution:
 def _draw_comparison(rng: Random) -> Numbers:
     small = pick(rng, range(2, 5))  # the smaller pack first: swapped, it would be the same problem
     large = pick(rng, range(small + 1, 10))
-    unit = pick(rng, range(20, 85, 5))
-    gap = pick(rng, (-1, 1)) * pick(rng, range(5, min(unit, 25), 5))
+    unit = pick(rng, range(20, 110, 10))
+    gap = pick(rng, (-1, 1)) * pick(rng, range(10, min(unit, 40), 10))
     return _numbers(small=small, small_price=small * unit, large=large, large_price=large * (unit + gap))
 
 

@@ -13,6 +13,8 @@ import pytest
 
 WORKER = Path(__file__).with_name("rollout_worker.py")
 REPOSITORY = Path(__file__).parents[2]
+WORKER_SECONDS = 400  # half a minute on two cores of its own
+pytestmark = pytest.mark.timeout(2 * WORKER_SECONDS)
 
 
 def run_worker(folder: Path, mode: str) -> int:
@@ -21,7 +23,9 @@ def run_worker(folder: Path, mode: str) -> int:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **quiet}
     command = [sys.executable, str(WORKER), str(folder), mode]
     with (folder / f"{mode}.log").open("w") as log:
-        return subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=600, check=False).returncode
+        return subprocess.run(
+            command, env=environment, stdout=log, stderr=log, timeout=WORKER_SECONDS, check=False
+        ).returncode
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 
 def two_ranks(out: Path, **options: int) -> Any:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
+    done = subprocess.run(  # noqa: PLW1510
         [sys.executable, *launcher, str(WORKER), str(out), *(f"--{key}={value}" for key, value in options.items())],
         env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

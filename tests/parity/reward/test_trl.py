@@ -29,6 +29,8 @@ ROWS = [
 class Plain(GenericForSequenceClassification, Ernie4_5_MoePreTrainedModel):
     """The last token is the last that is not the pad token."""
 
+    _can_set_experts_implementation_cached_value = True
+
 
 def loss_and_gradients(
     kind: type[RewardTrainer], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path

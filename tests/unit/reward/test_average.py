@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.fingerprint import weights_hash
 from alignment.models import load_tokenizer
@@ -57,17 +58,11 @@ def test_the_result_is_a_reward_model_with_its_provenance(reward_folders: list[P
     prompts, answers = [[7, 8, 9]], [[10, 2]]
     single = [Scorer(folder, 100).score(prompts, answers)[0] for folder in reward_folders]
     assert Scorer(result, 100).score(prompts, answers)[0] not in single
-    assert load_tokenizer(_config(result)).chat_template is not None
+    assert load_tokenizer(ModelConfig(path=str(result))).chat_template is not None
     record = json.loads((tmp_path / "out" / "run.json").read_text())["averaged"]
     assert {(r["model"], r["weights_hash"], r["weight"]) for r in record} == {
         (str(folder), weights_hash(folder), weight) for folder, weight in zip(reward_folders, (1, 1, 2), strict=True)
     }
-
-
-def _config(folder: Path) -> Any:
-    from alignment.config import ModelConfig
-
-    return ModelConfig(path=str(folder))
 
 
 def test_shards_are_read_wherever_they_lie(reward_folders: list[Path], tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""One script a claim, each measured beside its peer in one process; `python -m benchmarks` runs all. See RESULTS.md."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def in_turns(
+    ours: Callable[[], object], peer: Callable[[], object], rounds: int, warm_up: int = 1
+) -> tuple[float, float]:
+    """Median seconds of each, run one after the other `rounds` times, after `warm_up` rounds that do not count."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(warm_up + rounds):
+        for call, taken in zip((ours, peer), seconds, strict=True):
+            began = time.perf_counter()
+            call()
+            if number >= warm_up:
+                taken.append(time.perf_counter() - began)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def speedup(claim: str, peer: str, seconds: tuple[float, float], rounds: int, **settings: Any) -> None:
+    """Print the claim that ours takes a fraction of the peer's time."""
+    ours, theirs = seconds
+    measured = {"seconds": round(ours, 4), "peer_seconds": round(theirs, 4), "rounds": rounds}
+    report(claim, theirs / ours, "x", peer, **measured, **settings)
+
+
+def report(claim: str, value: float, unit: str, peer: str, **settings: Any) -> None:
+    """Print one claim as a JSON line. More is better in all of ours."""
+    line = {"claim": claim, "value": float(f"{value:.4g}"), "unit": unit, "better": "higher", "peer": peer}
+    print(json.dumps(line | {"settings": settings}), flush=True)

