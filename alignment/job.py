@@ -143,6 +143,8 @@ def _leave(code: int, message: str) -> int:
     if rank() == 0:
         print(message, file=sys.stderr, flush=True)
         return code
+    if code not in (EXIT_USER, EXIT_BUG):
+        return code  # interrupted, as rank 0 was
     # Most often rank 0 says the same, and its end makes the launcher end this process too.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(SPOKESMAN_SECONDS)

@@ -33,6 +33,7 @@ def block_diagonal(lengths: list[int]) -> torch.Tensor:
 def measure(tokens: int, claim: str, rounds: int) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, HEADS, tokens, WIDTH, generator=generator).requires_grad_() for _ in range(3)]
+    query, key, value = inputs
     gradient_1THD = torch.randn(1, tokens, HEADS, WIDTH, generator=generator)
     lengths = draw_lengths(tokens)
     ends = torch.tensor([0, *lengths]).cumsum(0)
@@ -40,11 +41,11 @@ def measure(tokens: int, claim: str, rounds: int) -> None:
     module = nn.Module()
 
     def ours() -> tuple[torch.Tensor, ...]:
-        out, _ = segment_attention(module, *inputs, None, scaling=WIDTH**-0.5, cu_seq_lens_q=ends)
+        out, _ = segment_attention(module, query, key, value, None, scaling=WIDTH**-0.5, cu_seq_lens_q=ends)
         return out, *torch.autograd.grad(out, inputs, gradient_1THD)
 
     def theirs() -> tuple[torch.Tensor, ...]:
-        out = scaled_dot_product_attention(*inputs, attn_mask=mask, scale=WIDTH**-0.5).transpose(1, 2)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=WIDTH**-0.5).transpose(1, 2)
         return out, *torch.autograd.grad(out, inputs, gradient_1THD)
 
     torch.testing.assert_close(ours(), theirs(), atol=1e-5, rtol=1e-5)

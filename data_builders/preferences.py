@@ -98,7 +98,7 @@ def write_pairs(
     write_rows(folder / "rejects.jsonl", built.rejects)
     built.ledger.write(folder / "ledger.json")
     dropped = {f"dropped.{reason.replace(' ', '_')}": count for reason, count in sorted(built.ledger.dropped.items())}
-    return {"prompts": built.ledger.rows_in, "pairs": len(train), "pairs.evaluation": len(evaluation)} | dropped
+    return {"prompts": built.ledger.rows_in, "pairs": len(train), "pairs.evaluation": len(evaluation), **dropped}
 
 
 def score(

@@ -154,7 +154,7 @@ def metrics(found: Mapping[str, Mapping[str, Any]], samples: Samples, n: int) ->
 
 
 def plot(found: Mapping[str, Mapping[str, Any]], prompts: int, path: Path) -> None:
-    """One line a model, named at its end; what needs no model, in grey."""
+    """One line a model, named at its end, the last with its band; what needs no model, in grey."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     without_model = {"oracle": "--", "majority": ":", "first": "-."}
     names = [name for name in found if name not in without_model]
@@ -163,8 +163,8 @@ def plot(found: Mapping[str, Mapping[str, Any]], prompts: int, path: Path) -> No
     for name, (colour, style) in styles.items():
         values = found[name]
         axes.plot(values["k"], values["value"], color=colour, linestyle=style, linewidth=1.8)
-        if name in names:
-            axes.fill_between(values["k"], values["low"], values["high"], color=colour, alpha=0.07, linewidth=0)
+        if name == names[-1]:  # one band: those of models over the same prompts lie on each other
+            axes.fill_between(values["k"], values["low"], values["high"], color=colour, alpha=0.15, linewidth=0)
     last = found["oracle"]["k"][-1]
     ends = {name: found[name]["value"][-1] for name in styles}
     low, high = axes.get_ylim()
@@ -186,7 +186,9 @@ def plot(found: Mapping[str, Mapping[str, Any]], prompts: int, path: Path) -> No
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("samples k to pick from")
     axes.set_title(
-        f"Correct answers when the best of k is picked ({prompts} prompts, 95% bands)", fontsize=10, loc="left"
+        f"Correct answers when the best of k is picked ({prompts} prompts; band: 95%, {names[-1]})",
+        fontsize=10,
+        loc="left",
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)

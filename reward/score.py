@@ -69,7 +69,7 @@ class Scorer:
     def _probe(self) -> None:
         """Refuse a model whose attention is not the plain one (sliding windows, sinks)."""
         width = min(24, self._context() // 2)
-        ids = torch.randint(len(self.model.get_input_embeddings().weight), (4, width), generator=torch.manual_seed(0))
+        ids = torch.randint(self.model.config.get_text_config().vocab_size, (4, width), generator=torch.manual_seed(0))
         prompt, *answers = ids.tolist()
         alone = [self._forward({"input_ids": torch.tensor([prompt + a], device=self.device)})[0] for a in answers]
         before = self.model.config._attn_implementation

@@ -96,8 +96,9 @@ def folder(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "round": {"prompts": PROMPTS},
         "sampling": {"n": SAMPLES, "max_tokens": 16},
         "engine": {"max_model_len": 128, "max_num_seqs": 64, "kv_cache_gib": 0.25},
+        "loss": {"nll_weight": 1.0},  # without it the chosen answers grow unlikely too, as DPO alone has it
         "batch_size": 4,
-        "training": {"learning_rate": 2e-3, "epochs": 6, "schedule": "linear", "log_steps": 1},
+        "training": {"learning_rate": 3e-3, "epochs": 8, "schedule": "linear", "log_steps": 1},
     }
     (folder / "online.yaml").write_text(yaml.safe_dump(config))
     run(folder)

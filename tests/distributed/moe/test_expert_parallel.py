@@ -28,7 +28,13 @@ def launch(script: str, *arguments: object, ranks: int = 2, **environment: str) 
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(ranks)]
     command += [str(HERE / script), *map(str, arguments)]
     return subprocess.run(
-        command, env=kept | settings | environment, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+        command,
+        check=False,
+        env=kept | settings | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
 
 

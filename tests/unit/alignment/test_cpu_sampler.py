@@ -1,11 +1,12 @@
 """Inverse transform sampling: the right distribution, nothing masked, the seed's own."""
 
 import torch
+
 from alignment.rollout import cpu_sampler
 
 
 def test_frequencies_are_the_probabilities() -> None:
-    """Chi-square with 4 degrees of freedom: 18.5 is exceeded by a right sampler once in 1,000 seeds; the seed is fixed."""
+    """Chi-square, 4 degrees of freedom: a right sampler exceeds 18.5 for one seed in 1,000; this seed is fixed."""
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
     draws = 40_000
     torch.manual_seed(0)

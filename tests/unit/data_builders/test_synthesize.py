@@ -89,6 +89,20 @@ def test_the_long_rows_think_and_only_they(files: dict[str, list[Row]]) -> None:
     assert not any("think" in row["messages"][-1]["content"] for row in files["sft_short"])
 
 
+def test_a_share_of_the_short_answers_shows_no_working(tmp_path: Path, files: dict[str, list[Row]]) -> None:
+    synthesize.run(config(tmp_path / "out", hasty_share=0.25))
+    hasty = list(read_rows(tmp_path / "out" / "sft_short.jsonl"))
+    changed = [(h, w) for h, w in zip(hasty, files["sft_short"], strict=True) if h != w]
+    assert len(changed) == pytest.approx(160, abs=35)
+    for row, worked in changed:
+        answer = row["messages"][-1]["content"]
+        assert re.fullmatch(r"\S.*\\boxed\{[\d.,]+\}", answer) and "=" not in answer
+        assert worked["messages"][-1]["content"].endswith(answer) and "=" in worked["messages"][-1]["content"]
+        assert question(row) == question(worked)
+    for name in ("sft_long", "prompts", "held_out"):
+        assert list(read_rows(tmp_path / "out" / f"{name}.jsonl")) == files[name]
+
+
 def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"languages: unknown name 'vie'; did you mean 'vi'\?"):
         synthesize.plan(config(tmp_path, languages=["en", "vie"]))
