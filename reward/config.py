@@ -81,7 +81,7 @@ class ScoreConfig(JobConfig):
 
     model: str = Field(description="a folder of a reward model")
     rows: str = Field(description="rows with `prompt` and `completion` or `completions` (texts)")
-    batch_tokens: int = Field(8192, ge=16, description="tokens of one forward pass")
+    batch_tokens: int = Field(4096, ge=16, description="tokens of one forward pass")
     chunk_rows: int = Field(1000, ge=1, description="rows between two points to resume from")
 
 
@@ -91,7 +91,7 @@ class BestOfNConfig(JobConfig):
     samples: Path = Field(description="a Parquet file of graded samples, the same number for every prompt")
     prompts: str = Field(description="the rows the samples were drawn for: `id` and `prompt`")
     models: dict[str, str] = Field(min_length=1, description="name -> folder of a reward model")
-    batch_tokens: int = Field(8192, ge=16, description="tokens of one forward pass")
+    batch_tokens: int = Field(4096, ge=16, description="tokens of one forward pass")
 
     @model_validator(mode="after")
     def _names_are_columns(self) -> Self:

@@ -25,7 +25,7 @@ from reward.data import Pair, PreferenceData
 from reward.model import load_reward_model
 from reward.score import Scorer
 
-EVAL_BATCH_TOKENS = 8192
+EVAL_BATCH_TOKENS = 4096
 
 
 class RewardModelTrainer(ExpertParallelTrainerMixin, RewardTrainer):

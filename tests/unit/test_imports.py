@@ -84,6 +84,7 @@ JOBS = {
     "reward.best_of_n": "reward.config.BestOfNConfig",
     "data_builders.synthesize": "data_builders.config.SynthesizeConfig",
     "data_builders.preferences": "data_builders.config.PreferencesConfig",
+    "data_builders.questions": "data_builders.config.QuestionsConfig",
     "dpo.train": "dpo.config.DPOConfig",
     "dpo.online": "dpo.config.OnlineConfig",
 }
