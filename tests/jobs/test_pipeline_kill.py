@@ -75,7 +75,7 @@ def moments() -> Iterator[tuple[str, float]]:
     """A file whose appearance says where the run is, and how long after it the kill comes."""
     rng = random.Random(SEED)
     yield "out/tokenizer/run.json", rng.uniform(0, 0.5)
-    yield f"out/sft/checkpoints/checkpoint-{rng.choice([3, 6])}", rng.uniform(0, 0.5)
+    yield "out/sft/checkpoints/checkpoint-6", rng.uniform(0, 0.5)  # torn or whole; checkpoint-3 is whole by then
     yield f"out/evaluate/samples/*/shard-0000{rng.choice([0, 1])}.parquet", 0.0
 
 
