@@ -36,7 +36,7 @@ def main() -> None:
     sampling, total = SamplingConfig(n=SAMPLES, max_tokens=TOKENS), PROMPTS * SAMPLES * TOKENS
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))
-        # As in our scorer: transformers' plain loop over experts is its fastest on a CPU.
+        # The plain loop over experts, as our scorer runs it on a CPU.
         model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").train(False)
         with VLLMEngine(Path(folder), EngineConfig()) as engine:
 
