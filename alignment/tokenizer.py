@@ -1,6 +1,6 @@
 """Train a small byte-level BPE tokenizer from rows.
 
-    python -m alignment.tokenizer --config configs/data/tokenizer.yaml
+    python -m alignment.tokenizer --config configs/data/demo-tokenizer.yaml
 
 Writes `output_dir/tokenizer`, a folder that AutoTokenizer loads. Each digit is a token of its own, so that numbers are
 read digit by digit; round thousands, which rupiah and dong prices end in, are one: 45.000 is `4` `5` `.000`.
