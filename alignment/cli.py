@@ -21,6 +21,11 @@ inspect = typer.Typer(
 )
 app.add_typer(inspect, name="inspect")
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="STAGE.key=value", help="changes to the stages' configs", show_default=False),
+]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 the user's mistake, 1 ours, 128 + signal."""
@@ -34,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @app.command()
 def run(
     pipeline: Annotated[Path, typer.Argument(help="a recipe of configs/pipelines")],
+    overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="run this stage alone")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the stages' commands, run nothing")] = False,
 ) -> None:
@@ -42,9 +48,9 @@ def run(
     def command() -> None:
         from alignment.pipeline import run_pipeline
 
-        run_pipeline(pipeline, only, dry_run, Console())
+        run_pipeline(pipeline, only, dry_run, Console(), overrides or ())
         if only is None and not dry_run:
-            _report(pipeline)
+            _report(pipeline, overrides or ())
 
     _end(command)
 
@@ -107,26 +113,27 @@ def evaluate(context: typer.Context) -> None:
 @app.command()
 def report(
     pipeline: Annotated[Path, typer.Argument(help="a recipe of configs/pipelines that has been run")],
+    overrides: Overrides = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="also draw the headline figure, a PNG")] = None,
 ) -> None:
     """Write the HTML report and metrics.json of a pipeline, and print its main results."""
 
     def command() -> None:
-        _report(pipeline)
+        _report(pipeline, overrides or ())
         if picture is not None:
             from alignment import report as pages
 
-            pages.picture(pipeline, picture)
+            pages.picture(pipeline, picture, overrides or ())
 
     _end(command)
 
 
-def _report(pipeline: Path) -> None:
+def _report(pipeline: Path, overrides: Sequence[str]) -> None:
     from alignment import report as pages
 
-    page = pages.build(pipeline)
+    page = pages.build(pipeline, overrides)
     console = Console()
-    console.print(pages.summary(pipeline))
+    console.print(pages.summary(pipeline, overrides))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 

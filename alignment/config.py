@@ -41,7 +41,7 @@ def load_config(cls: type[C], path: Path, overrides: Sequence[str] = ()) -> C:
     values, lines = read_yaml(path)
     sources = {place: f"{path}:{line}" for place, line in lines.items()}
     for override in overrides:
-        place, value = _parse_override(override)
+        place, value = parse_override(override)
         _assign(values, place, value, override)
         sources[place] = f"override {override!r}"
     try:
@@ -92,7 +92,7 @@ def _collect_lines(node: yaml.Node, place: Place, lines: dict[Place, int], path:
         _collect_lines(value, here, lines, path)
 
 
-def _parse_override(override: str) -> tuple[Place, Any]:
+def parse_override(override: str) -> tuple[Place, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected section.key=value")
@@ -224,4 +224,4 @@ class EngineConfig(Config):
     max_model_len: int = Field(1024, ge=16, description="tokens of prompt and answer, at most")
     max_num_seqs: int = Field(1024, ge=1, description="samples under way at once")
     kv_cache_gib: float = Field(1.0, gt=0, description="memory of the key-value cache on CPU")
-    chunk_prompts: int = Field(64, ge=1, description="prompts that are sampled and stored together")
+    chunk_prompts: int = Field(128, ge=1, description="prompts that are sampled and stored together")

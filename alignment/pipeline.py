@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import Field
 from rich.console import Console
 
 from alignment import atomic, job, launch
-from alignment.config import Config, load_config, read_yaml
+from alignment.config import Config, load_config, parse_override, read_yaml
 from alignment.errors import UserError, did_you_mean
 from alignment.fingerprint import file_hash, value_hash
 
@@ -40,8 +41,15 @@ class PipelineConfig(Config):
     stages: list[Stage] = Field(min_length=1)
 
 
-def load_pipeline(path: Path) -> PipelineConfig:
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The stages of a recipe; an override is `STAGE.section.key=value` and changes that stage's config."""
     pipeline = load_config(PipelineConfig, path)
+    for override in overrides:
+        (name, *key), value = parse_override(override)
+        if not key:
+            raise UserError(f"override {override!r}: expected STAGE.section.key=value")
+        (stage,) = _selected(pipeline, name, path)
+        stage.set[".".join(key)] = value
     names = [stage.name for stage in pipeline.stages]
     for name in names:
         if names.count(name) > 1:
@@ -54,9 +62,9 @@ def load_pipeline(path: Path) -> PipelineConfig:
     return pipeline
 
 
-def run_pipeline(path: Path, only: str | None, dry_run: bool, console: Console) -> None:
+def run_pipeline(path: Path, only: str | None, dry_run: bool, console: Console, overrides: Sequence[str] = ()) -> None:
     """Run every stage, or the one named `only`."""
-    pipeline = load_pipeline(path)
+    pipeline = load_pipeline(path, overrides)
     stages = _selected(pipeline, only, path)
     record = Record(pipeline.output_dir / RECORD)
     upstream_changed = False

@@ -12,8 +12,8 @@ class SynthesizeConfig(JobConfig):
 
     languages: list[str] = Field(default=["en", "zh", "id", "ms", "th", "vi", "tl", "pt"], min_length=1)
     templates: list[str] | None = Field(None, description="default: all")
-    short_rows: int = Field(ge=1, description="SFT rows with short answers")
-    hasty_share: float = Field(0.0, ge=0, le=1, description="share of the short answers that show no working")
+    short_rows: int = Field(ge=1, description="SFT rows with short worked answers")
+    direct_rows: int = Field(ge=1, description="SFT rows with the result alone, without its working")
     long_rows: int = Field(ge=1, description="SFT rows with thinking before the answer")
     reward_prompts: int = Field(ge=1, description="prompts whose graded samples train the reward models")
     prompts: int = Field(ge=1, description="prompts of online preference training")

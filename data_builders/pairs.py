@@ -1,7 +1,8 @@
 """Which two of a prompt's samples become chosen and rejected, and why.
 
 The rule for prompts with a known answer is the Compass report's: discard the prompt where none is correct; chosen is
-the best-scored correct sample, rejected the best-scored incorrect one. Without scores the two are drawn at random.
+the best-scored correct sample, rejected the best-scored incorrect one. Of several pairs the first is that one; the
+others' rejected samples are spread evenly down to the worst-scored. Without scores all are drawn at random.
 """
 
 import random
@@ -56,7 +57,13 @@ def choose(candidates: Sequence[Candidate], count: int, seed: str) -> list[Pair]
     order = _by_score if scored else _shuffled
     best, hardest = order(correct, f"{seed}/correct"), order(incorrect, f"{seed}/incorrect")
     # Of a small model's samples few are correct in a way of their own: a correct one meets several incorrect ones.
-    return [Pair(best[i % len(best)], rejected, policy) for i, rejected in enumerate(hardest[:count])]
+    return [Pair(best[i % len(best)], rejected, policy) for i, rejected in enumerate(_spread(hardest, count))]
+
+
+def _spread(ranked: Sequence[Candidate], count: int) -> list[Candidate]:
+    """At most `count`, from the first to the last at even distances."""
+    count = min(count, len(ranked))
+    return [ranked[i * (len(ranked) - 1) // max(count - 1, 1)] for i in range(count)]
 
 
 def pair_row(prompt: Row, pair: Pair) -> Row:

@@ -2,8 +2,9 @@
 
     python -m data_builders.synthesize --config configs/data/demo.yaml
 
-Writes sft_short.jsonl, sft_long.jsonl (rows with `messages`), reward_prompts.jsonl, prompts.jsonl and held_out.jsonl
-(rows with `prompt` and `answer`). SFT, reward prompts, prompts and held-out share no problem, whatever its language.
+Writes sft_short.jsonl, sft_direct.jsonl, sft_long.jsonl (rows with `messages`: worked answers, results alone, answers
+after thinking), reward_prompts.jsonl, prompts.jsonl and held_out.jsonl (rows with `prompt` and `answer`). SFT, reward
+prompts, prompts and held-out share no problem, whatever its language.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ def run(config: SynthesizeConfig) -> None:
         train = [task for name, tasks in parts.items() if name != "held_out" for task in tasks]
         synthesis.check_disjoint(train, parts["held_out"])
         for name, tasks in parts.items():
-            write_rows(this.dir / f"{name}.jsonl", rows(name, tasks, config.hasty_share))
+            write_rows(this.dir / f"{name}.jsonl", rows(name, tasks))
         this.finish({f"rows.{name}": len(tasks) for name, tasks in parts.items()})
 
 
@@ -41,6 +42,7 @@ def draw(config: SynthesizeConfig) -> dict[str, list[Task]]:
     uses = {name: stream_of(config, name) for name in dict.fromkeys(USES)}
     return {
         "sft_short": list(islice(uses["sft"], config.short_rows)),
+        "sft_direct": list(islice(uses["sft"], config.direct_rows)),
         "sft_long": list(islice(uses["sft"], config.long_rows)),
         "reward_prompts": list(islice(uses["reward_prompts"], config.reward_prompts)),
         "prompts": list(islice(uses["prompts"], config.prompts)),
@@ -67,10 +69,12 @@ def generate(config: SynthesizeConfig, split: synthesis.Split, count: int) -> It
     )
 
 
-def rows(name: str, tasks: Iterable[Task], hasty_share: float) -> Iterator[Row]:
+def rows(name: str, tasks: Iterable[Task]) -> Iterator[Row]:
     match name:
         case "sft_short":
-            return (_sft(task, _short_answer(task, hasty_share), []) for task in tasks)
+            return (_sft(task, task.short_answer, []) for task in tasks)
+        case "sft_direct":
+            return (_sft(task, task.direct_answer, []) for task in tasks)
         case "sft_long":
             thinking = [{"role": "system", "content": THINKING_PROMPT}]
             return (
@@ -79,12 +83,6 @@ def rows(name: str, tasks: Iterable[Task], hasty_share: float) -> Iterator[Row]:
             )
         case _:
             return (_head(task) | {"prompt": [_question(task)], "answer": task.answer} for task in tasks)
-
-
-def _short_answer(task: Task, hasty_share: float) -> str:
-    """Worked or, for a share of the tasks, hasty: real SFT data is of mixed quality too."""
-    hasty = int(sha256(f"hasty/{task.id}".encode()).hexdigest()[:8], 16) < hasty_share * 2**32
-    return task.hasty_answer if hasty else task.short_answer
 
 
 def _head(task: Task) -> Row:

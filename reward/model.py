@@ -7,6 +7,7 @@ for Ernie4_5_Moe at all. The head is fp32.
 Shapes: B sequences, T tokens of a row, N packed sequences of one row, D hidden width.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,6 +153,9 @@ def _load(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of the weights that its files lack; transformers only warns of faults."""
     model_class: Any = reward_class(type(config))
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)  # its table of missing weights would show the new head as a fault
     try:
         model, info = model_class.from_pretrained(
             path,
@@ -163,6 +167,8 @@ def _load(
         )
     except OSError as error:
         raise UserError(f"{path}: the model could not be loaded: {str(error).splitlines()[0]}") from None
+    finally:
+        report.setLevel(level)
     allowed = {"missing_keys": may_lack, "unexpected_keys": may_have}
     for kind in LOADING_FAULTS:
         names = sorted(name for name in map(_key, info[kind]) if name not in allowed.get(kind, ()))

@@ -48,16 +48,23 @@ class Scorer:
         self.model.set_attn_implementation(shared_prompt.SHARED_PROMPT)
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[float]:
-        """The score of each completion after its prompt, in order. Equal prompts are run once for many answers.
+        """The score of each completion after its prompt, in order.
+
+        Equal prompts are run once for many answers, and equal answers to one prompt once.
 
         Raises:
             UserError: a prompt with its completion is longer than the model's context.
         """
-        scores = np.empty(len(prompts))
-        batches = plan_batches(prompts, completions, self.batch_tokens, self._context())
+        keys = [(tuple(p), tuple(c)) for p, c in zip(prompts, completions, strict=True)]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        distinct = sorted(first.values())
+        scores = np.empty(len(keys))
+        batches = plan_batches(
+            [prompts[i] for i in distinct], [completions[i] for i in distinct], self.batch_tokens, self._context()
+        )
         for groups, members in track(batches, len(batches), f"score with {self.folder}"):
-            scores[members] = self._forward(shared_prompt.pack(groups, self.device))
-        return [float(score) for score in scores]
+            scores[[distinct[member] for member in members]] = self._forward(shared_prompt.pack(groups, self.device))
+        return [float(scores[first[key]]) for key in keys]
 
     @torch.inference_mode()
     def _forward(self, inputs: dict[str, Any]) -> list[float]:
@@ -96,7 +103,7 @@ def plan_batches(
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         length = len(prompt) + len(completion)
         if not 0 < length <= context:
-            raise UserError(f"answer {i}: {length} tokens with its prompt; the reward model reads 1 to {context}")
+            raise UserError(f"an answer has {length} tokens with its prompt; the reward model reads 1 to {context}")
         by_prompt.setdefault(tuple(prompt) if completion else (), []).append(i)
     alone = [members.pop() for key, members in by_prompt.items() if key and len(members) == 1]
     alone += by_prompt.pop((), [])

@@ -42,9 +42,11 @@ def ddp_backend() -> str | None:
     Left out on CPU ranks, each rank would take itself for the only one. It also keeps DeepSpeed from compiling its
     shared-memory all-reduce (a minute and a half on the first launch, for inference only).
     """
-    if "LOCAL_RANK" not in os.environ or torch.cuda.is_available():
+    if torch.cuda.is_available():
         return None
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    if "LOCAL_RANK" not in os.environ:
+        return None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         import deepspeed.ops
 

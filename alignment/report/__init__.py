@@ -5,6 +5,7 @@
 Everything is read from the files that the stages wrote; a stage that is missing or unfinished is shown as that.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,13 +20,15 @@ from alignment.report.page import Page, render
 __all__ = ["Row", "build", "picture", "summary", "summary_rows"]
 
 
-def build(pipeline: Path) -> Path:
+def build(pipeline: Path, overrides: Sequence[str] = ()) -> Path:
     """Write `report.html` and `metrics.json` into the pipeline's output_dir. Returns the page's path.
+
+    `overrides` are those that the pipeline ran with.
 
     Raises:
         UserError: the pipeline's file, or the config of one of its stages, is missing or wrong.
     """
-    collected = collect(pipeline)
+    collected = collect(pipeline, overrides)
     found = sources.gather(collected)
     values = sources.flat(found)
     page = Page(
@@ -48,29 +51,29 @@ def build(pipeline: Path) -> Path:
     return path
 
 
-def summary_rows(pipeline: Path) -> list[Row]:
+def summary_rows(pipeline: Path, overrides: Sequence[str] = ()) -> list[Row]:
     """The main results: what was measured, its value, its 95% interval."""
-    return headline.rows(_values(pipeline))
+    return headline.rows(_values(pipeline, overrides))
 
 
-def summary(pipeline: Path) -> Table:
+def summary(pipeline: Path, overrides: Sequence[str] = ()) -> Table:
     """The main results as the table that the console prints."""
-    prompts = _values(pipeline).get("pass_at_1.prompts")
+    prompts = _values(pipeline, overrides).get("pass_at_1.prompts")
     title = f"{pipeline.stem}: {prompts:,.0f} held-out prompts" if prompts else pipeline.stem
     table = Table("", "value", "95% interval", title=title, title_justify="left")
-    for row in summary_rows(pipeline):
+    for row in summary_rows(pipeline, overrides):
         table.add_row(*row)
     return table
 
 
-def picture(pipeline: Path, file: Path) -> None:
+def picture(pipeline: Path, file: Path, overrides: Sequence[str] = ()) -> None:
     """Draw pass@1 by round and the best-of-n curves into a PNG.
 
     Raises:
         UserError: the stages that it shows have not finished.
     """
-    cover.draw(collect(pipeline), file)
+    cover.draw(collect(pipeline, overrides), file)
 
 
-def _values(pipeline: Path) -> dict[str, float]:
-    return sources.flat(sources.gather(collect(pipeline)))
+def _values(pipeline: Path, overrides: Sequence[str]) -> dict[str, float]:
+    return sources.flat(sources.gather(collect(pipeline, overrides)))

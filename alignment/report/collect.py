@@ -201,13 +201,13 @@ class Collected:
         return [stage for stage in self.stages if stage.job in jobs]
 
 
-def collect(path: Path) -> Collected:
-    """Read the pipeline at `path`.
+def collect(path: Path, overrides: Sequence[str] = ()) -> Collected:
+    """Read the pipeline at `path`, run with these overrides.
 
     Raises:
         UserError: the pipeline's file, or the config of one of its stages, is missing or wrong.
     """
-    pipeline = load_pipeline(path)
+    pipeline = load_pipeline(path, overrides)
     reader = Reader()
     stages = [StageRun(stage, Run(stage_dir(stage), reader)) for stage in pipeline.stages]
     for stage in stages:

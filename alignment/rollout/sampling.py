@@ -28,7 +28,7 @@ def sample(
     sampling: SamplingConfig,
     *,
     seed: int,
-    chunk_prompts: int = 64,
+    chunk_prompts: int = 128,
 ) -> SampleReader:
     """`sampling.n` answers to each prompt row (`id`, `prompt`), stored below `root` and read from there.
 

@@ -35,7 +35,7 @@ class Task:
 
     `key` names the problem in every language: the template and the drawn numbers. `id` is the language and the key,
     unique within and across splits. Numbers in texts are written as the language's locale writes them; `answer` is
-    canonical ("1234.5"). Every answer ends in the boxed number, of which `hasty_answer` is
+    canonical ("1234.5"). Every answer ends in the boxed number, of which `direct_answer` is
     all; `long_answer` is what follows `thinking`.
     """
 
@@ -44,7 +44,7 @@ class Task:
     language: Language
     template: Template
     question: str
-    hasty_answer: str
+    direct_answer: str
     short_answer: str
     thinking: str
     long_answer: str
@@ -128,7 +128,7 @@ def _word(key: str, language: Language, template: Template, numbers: Numbers, rn
         language=language,
         template=template,
         question=pick(rng, wording.questions[template]).format(**slots),
-        hasty_answer=boxed,
+        direct_answer=boxed,
         short_answer=wording.space.join(["; ".join(lines) + wording.stop, boxed]),
         thinking=wording.space.join([wording.thinking[solution.case].format(*lines, **slots), check]),
         long_answer=wording.space.join([wording.summaries[solution.case].format(**slots), boxed]),

@@ -20,7 +20,9 @@ ROW = '{"messages": [{"role": "user", "content": "3 x 15?"}, {"role": "assistant
 PROMPT = '{"id": "a", "prompt": [{"role": "user", "content": "3 x 15?"}], "answer": "45"}\n'
 TOKENIZER = "output_dir: out\nrows: [rows.jsonl]\nvocab_size: 400\n"
 EVALUATE = "output_dir: out\nmodel: model\nprompts: prompts.jsonl\n"
-SYNTHESIZE = "output_dir: {}\nshort_rows: 256\nlong_rows: 64\nreward_prompts: 64\nprompts: 64\nheld_out: 64\n"
+SYNTHESIZE = (
+    "output_dir: {}\nshort_rows: 256\ndirect_rows: 64\nlong_rows: 64\nreward_prompts: 64\nprompts: 64\nheld_out: 64\n"
+)
 SFT = """\
 output_dir: out
 model: {preset: compass-tiny, tokenizer: tokenizer}

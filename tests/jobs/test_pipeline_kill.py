@@ -31,6 +31,7 @@ stages:
 output_dir: out/data
 languages: [en, id]
 short_rows: {ROWS}
+direct_rows: 8
 long_rows: 16
 reward_prompts: 16
 prompts: 16

@@ -94,14 +94,14 @@ def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[object, ...]] = []
 
     def run_pipeline(*arguments: object) -> None:
-        calls.append(arguments[:3])
+        calls.append((*arguments[:3], *arguments[4:]))
         if len(calls) == 2:
             raise UserError("no")
 
     monkeypatch.setattr(pipeline, "run_pipeline", run_pipeline)
-    assert cli.main(["run", "p.yaml", "--only", "sft", "--dry-run"]) == 0
+    assert cli.main(["run", "p.yaml", "--only", "sft", "--dry-run", "sft.seed=3"]) == 0
     assert cli.main(["run", "p.yaml"]) == 2
-    assert calls == [(Path("p.yaml"), "sft", True), (Path("p.yaml"), None, False)]
+    assert calls == [(Path("p.yaml"), "sft", True, ["sft.seed=3"]), (Path("p.yaml"), None, False, ())]
 
 
 def test_evaluate_is_given_its_arguments_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_evaluate_is_given_its_arguments_as_they_are(monkeypatch: pytest.MonkeyP
 
 
 def test_report_says_where_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(report, "build", lambda pipeline: pipeline.with_name("report.html"))
-    monkeypatch.setattr(report, "summary", lambda pipeline: f"results of {pipeline.stem}")
+    monkeypatch.setattr(report, "build", lambda pipeline, overrides: pipeline.with_name("report.html"))
+    monkeypatch.setattr(report, "summary", lambda pipeline, overrides: f"results of {pipeline.stem}")
     assert cli.main(["report", "runs/demo.yaml"]) == 0
     assert capsys.readouterr().out == "results of demo\nreport: runs/report.html\n"

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from alignment import job
-from alignment.config import _parse_override
+from alignment.config import parse_override
 from alignment.errors import UserError
 from alignment.pipeline import Stage, load_pipeline, run_pipeline, stage_command, stage_dir
 
@@ -187,6 +187,25 @@ def test_mistake_in_the_pipeline_is_found_before_anything_runs(folder: Path, old
     assert not Path("out").exists()
 
 
+def test_an_override_changes_one_stage(folder: Path) -> None:
+    first, second = load_pipeline(Path("pipeline.yaml"), ["first.source=other", "second.engine.seed=3"]).stages
+    assert first.set == {"source": "other"}
+    assert second.set == {"output_dir": "out/b", "engine.seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("frist.source=x", "no stage 'frist'; did you mean 'first'"),
+        ("first=x", "override 'first=x': expected STAGE.section.key=value"),
+        ("first.source", "expected section.key=value"),
+    ],
+)
+def test_an_override_that_names_no_stage_s_key(folder: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_pipeline(Path("pipeline.yaml"), [override])
+
+
 TEXTS = ["plain/path.x", "true", "3", "1.5", "null", "", "a b", "org/name:train", "{x}", "é"]
 VALUES = [*TEXTS, 3, 1.5, 2e-5, True, None, [1, "a"], {"k": "v"}]
 
@@ -194,7 +213,7 @@ VALUES = [*TEXTS, 3, 1.5, 2e-5, True, None, [1, "a"], {"k": "v"}]
 @pytest.mark.parametrize("value", VALUES)
 def test_overrides_of_a_stage_keep_their_types(value: object) -> None:
     stage = Stage.model_validate({"name": "s", "job": "j", "config": "c", "set": {"a.b": value}})
-    place, parsed = _parse_override(stage_command(stage)[-1])
+    place, parsed = parse_override(stage_command(stage)[-1])
     assert place == ("a", "b")
     assert (float(parsed) if isinstance(value, float) else parsed) == value  # YAML 1.1 reads 2e-05 as text
 

@@ -26,15 +26,21 @@ def test_the_best_scored_correct_meets_the_best_scored_incorrect() -> None:
     pairs = choose(samples, 1, "0/a")
     assert indices(pairs) == [(3, 2)]
     assert isinstance(pairs, list) and pairs[0].policy == "math_best_scored"
-    assert indices(choose(samples, 2, "0/a")) == [(3, 2), (1, 4)]
-    assert indices(choose(samples[::-1], 2, "0/a")) == [(3, 2), (1, 4)], "the order of the samples does not matter"
+    assert indices(choose(samples, 2, "0/a")) == [(3, 2), (1, 0)]
+    assert indices(choose(samples[::-1], 2, "0/a")) == [(3, 2), (1, 0)], "the order of the samples does not matter"
+
+
+def test_several_pairs_reach_from_the_best_scored_incorrect_to_the_worst() -> None:
+    samples = [candidate(0, "correct", 1.0), *(candidate(i, "wrong", -float(i)) for i in range(1, 11))]
+    assert [rejected for _, rejected in indices(choose(samples, 4, "s"))] == [1, 4, 7, 10]
+    assert [rejected for _, rejected in indices(choose(samples, 1, "s"))] == [1]
 
 
 def test_a_correct_sample_meets_several_incorrect_ones_and_no_incorrect_one_comes_twice() -> None:
     samples = [candidate(0, "correct", 1.0), *(candidate(i, "wrong", -float(i)) for i in range(1, 5))]
     assert indices(choose(samples, 9, "s")) == [(0, 1), (0, 2), (0, 3), (0, 4)]
     several = [*samples, candidate(5, "correct", 2.0)]
-    assert indices(choose(several, 3, "s")) == [(5, 1), (0, 2), (5, 3)]
+    assert indices(choose(several, 3, "s")) == [(5, 1), (0, 2), (5, 4)]
     assert indices(choose([candidate(i, "correct", 0.0) for i in range(4)] + [candidate(9, "wrong", 0.0)], 9, "s")) == [
         (0, 9)
     ]

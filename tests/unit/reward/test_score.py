@@ -38,6 +38,18 @@ def test_scores_are_those_of_each_answer_alone(reward_folder: Path, batch_tokens
     torch.testing.assert_close(torch.tensor(scores), torch.tensor(alone), atol=1e-5, rtol=0)
 
 
+def test_equal_answers_to_a_prompt_are_scored_once(reward_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, answers = questions()
+    scorer = Scorer(reward_folder, 100)
+    once = scorer.score(prompts, answers)
+    passed: list[int] = []
+    forward = scorer._forward
+    monkeypatch.setattr(scorer, "_forward", lambda inputs: passed.append(len(inputs["last_tokens"])) or forward(inputs))
+    again = scorer.score([*prompts, *prompts[::-1]], [*answers, *answers[::-1]])
+    assert again == once + once[::-1]
+    assert sum(passed) == len(prompts)
+
+
 def test_batches_keep_to_the_budget_and_hold_every_answer_once() -> None:
     prompts, answers = questions()
     batches = plan_batches(prompts, answers, batch_tokens=100, context=128)
@@ -51,7 +63,7 @@ def test_batches_keep_to_the_budget_and_hold_every_answer_once() -> None:
 
 
 def test_an_answer_beyond_the_context_is_refused(reward_folder: Path) -> None:
-    with pytest.raises(UserError, match="answer 1: 129 tokens.*1 to 128"):
+    with pytest.raises(UserError, match="129 tokens.*1 to 128"):
         Scorer(reward_folder, 100).score([[5], [5]], [[6], [6] * 128])
 
 
