@@ -9,8 +9,8 @@ equal average to themselves.
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def run(config: AverageConfig) -> None:
             return
         check_alike(folders)
         sources = _sources(folders, config.weights or [1.0] * len(folders))
-        with _replacing_folder(this.dir / "model") as folder:
+        with atomic.replacing_folder(this.dir / "model") as folder:
             count = write_average(sources, folder)
             _copy_the_rest(sources[0].folder, folder)
         _record(this, sources)
@@ -179,22 +179,6 @@ def _copy_the_rest(source: Path, folder: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != INDEX:
             shutil.copyfile(path, folder / path.name)
-
-
-@contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, renamed onto it when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        atomic.sync(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        atomic.sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _record(this: job.Job, sources: Sequence[Source]) -> None:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 NOT_MONEY = frozenset(
     {"count", "weight", "wanted", "percent", "start", "orders", "each", "delivered", "small", "large"}
 )
-# Small and round, as prices are: a model of a few million parameters is to learn them in minutes.
+# Round, as prices are: a model of a few million parameters learns sums of tens in minutes, of units in hours.
 COUNTS = range(2, 10)
 PRICES = range(10, 110, 10)
 WEIGHTS = ("2", "3", "4", "5", "6", "7", "8", "9", "2.5")
@@ -125,11 +125,11 @@ def _numbers(**values: int | Decimal) -> Numbers:
 
 
 def _minimum(rng: Random, total: int) -> int:
-    """A round minimum that `total` (at least 10) reaches in half of the draws, now and then exactly."""
+    """A round minimum that `total` (at least 20) reaches in half of the draws, now and then exactly."""
     grain = 50 if total >= 200 else 10
     nearest = total // grain * grain
     if rng.random() < 0.5:
-        return max(nearest - grain * pick(rng, range(3)), grain)
+        return max(nearest - grain * pick(rng, range(3)), 20)
     return nearest + grain * pick(rng, range(1, 4))
 
 
@@ -162,7 +162,7 @@ def _solve_discount(n: Numbers) -> Solution:
 def _draw_voucher(rng: Random) -> Numbers:
     count, price = pick(rng, COUNTS), pick(rng, PRICES)
     minimum = _minimum(rng, count * price)
-    off = pick(rng, range(5, min(minimum, 30), 5))
+    off = pick(rng, range(10, min(minimum, 40), 10))
     return _numbers(count=count, price=price, minimum=minimum, off=off)
 
 
@@ -177,7 +177,7 @@ def _solve_voucher(n: Numbers) -> Solution:
 def _draw_bundle(rng: Random) -> Numbers:
     first = pick(rng, range(20, 110, 10))
     second = pick(rng, range(10, first, 10))  # the dearer product first: swapped, it would be the same problem
-    saving = pick(rng, range(5, min(second + 5, 25), 5))
+    saving = pick(rng, range(10, min(second, 30) + 10, 10))
     return _numbers(first=first, second=second, pack=first + second - saving, count=pick(rng, COUNTS))
 
 
@@ -190,7 +190,7 @@ def _solve_bundle(n: Numbers) -> Solution:
 def _draw_shipping(rng: Random) -> Numbers:
     count, price = pick(rng, COUNTS), pick(rng, PRICES)
     free_from = _minimum(rng, count * price)
-    return _numbers(count=count, price=price, fee=pick(rng, range(5, 25, 5)), free_from=free_from)
+    return _numbers(count=count, price=price, fee=pick(rng, range(10, 40, 10)), free_from=free_from)
 
 
 def _solve_shipping(n: Numbers) -> Solution:
@@ -202,7 +202,7 @@ def _solve_shipping(n: Numbers) -> Solution:
 
 
 def _draw_change(rng: Random) -> Numbers:
-    count, price, extra = pick(rng, COUNTS), pick(rng, PRICES), pick(rng, range(5, 55, 5))
+    count, price, extra = pick(rng, COUNTS), pick(rng, PRICES), pick(rng, PRICES[:-1])
     paid = next(payment for payment in PAYMENTS if payment > count * price + extra)
     return _numbers(count=count, price=price, extra=extra, paid=paid)
 
@@ -214,8 +214,8 @@ def _solve_change(n: Numbers) -> Solution:
 
 
 def _draw_stock(rng: Random) -> Numbers:
-    start, delivered = pick(rng, range(200, 410, 10)), pick(rng, range(10, 100, 10))
-    return _numbers(start=start, orders=pick(rng, COUNTS), each=pick(rng, (5, 10, 20)), delivered=delivered)
+    start, delivered = pick(rng, range(200, 1000, 100)), pick(rng, range(10, 100, 10))
+    return _numbers(start=start, orders=pick(rng, COUNTS), each=pick(rng, (10, 20)), delivered=delivered)
 
 
 def _solve_stock(n: Numbers) -> Solution:
