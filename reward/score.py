@@ -55,16 +55,16 @@ class Scorer:
         Raises:
             UserError: a prompt with its completion is longer than the model's context.
         """
-        keys = [(tuple(p), tuple(c)) for p, c in zip(prompts, completions, strict=True)]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        distinct = sorted(first.values())
-        scores = np.empty(len(keys))
+        answers = [(tuple(p), tuple(c)) for p, c in zip(prompts, completions, strict=True)]
+        distinct = list(dict.fromkeys(answers))
         batches = plan_batches(
-            [prompts[i] for i in distinct], [completions[i] for i in distinct], self.batch_tokens, self._context()
+            [list(p) for p, _ in distinct], [list(c) for _, c in distinct], self.batch_tokens, self._context()
         )
+        scores = np.empty(len(distinct))
         for groups, members in track(batches, len(batches), f"score with {self.folder}"):
-            scores[[distinct[member] for member in members]] = self._forward(shared_prompt.pack(groups, self.device))
-        return [float(scores[first[key]]) for key in keys]
+            scores[members] = self._forward(shared_prompt.pack(groups, self.device))
+        found = dict(zip(distinct, scores.tolist(), strict=True))
+        return [found[answer] for answer in answers]
 
     @torch.inference_mode()
     def _forward(self, inputs: dict[str, Any]) -> list[float]:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 NOT_MONEY = frozenset(
     {"count", "weight", "wanted", "percent", "start", "orders", "each", "delivered", "small", "large"}
 )
-# Round, as prices are: a model of a few million parameters learns sums of tens in minutes, of units in hours.
+# Round, as prices are: in the minutes of the demo, sums of tens are learnt far better than sums of units.
 COUNTS = range(2, 10)
 PRICES = range(10, 110, 10)
 WEIGHTS = ("2", "3", "4", "5", "6", "7", "8", "9", "2.5")
