@@ -192,6 +192,18 @@ class ModelConfig(Config):
         return self
 
 
+class RouterConfig(Config):
+    """The losses that keep a mixture-of-experts router balanced; dense models have none."""
+
+    balance: float = Field(0.01, ge=0, description="first coefficient of the load-balance loss; 0 turns it off")
+    z: float = Field(0.001, ge=0, description="first coefficient of the z-loss; 0 turns it off")
+    decay: Literal["constant", "linear", "cosine"] = "linear"
+    final_share: float = Field(0.1, ge=0, le=1, description="share of the coefficients that is left at the last step")
+    scope: Literal["micro", "global"] = Field(
+        "micro", description="balance each rank's micro-batch, or the whole step over all ranks and micro-batches"
+    )
+
+
 class TrainingConfig(Config):
     """The optimizer's loop: AdamW with warm-up, the same for every trainer."""
 
@@ -205,6 +217,7 @@ class TrainingConfig(Config):
     max_grad_norm: float = Field(1.0, gt=0)
     accumulation: int = Field(1, ge=1, description="micro-batches a rank runs in one optimizer step")
     gradient_checkpointing: bool = False
+    router: RouterConfig = RouterConfig()
     save_steps: int = Field(200, ge=1, description="steps between two checkpoints")
     log_steps: int = Field(10, ge=1)
 

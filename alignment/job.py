@@ -212,7 +212,7 @@ class Job:
         """The final metrics of a job that is done."""
         return dict(json.loads((self.dir / "metrics.json").read_text(encoding="utf-8")))
 
-    def log(self, **values: float | str | None) -> None:
+    def log(self, **values: float | str | list[list[float]] | None) -> None:
         """Append one line to metrics.jsonl."""
         if self.is_main:
             with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from alignment.moe.trainer import ddp_backend, expert_parallel_size
 warnings.filterwarnings("ignore", message=r"`torch.distributed.all_gather_into_tensor` is deprecated")
 
 A = TypeVar("A", bound=TrainingArguments)
+ExpertLoad = list[list[float]]
 
 LINE_SECONDS = 10.0
 WHOLE = "WHOLE"  # the marker that a checkpoint was written to its end by every rank
@@ -56,6 +57,7 @@ def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: s
         max_grad_norm=config.max_grad_norm,
         gradient_accumulation_steps=config.accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=2,
@@ -79,7 +81,7 @@ def train(trainer: Trainer, job: Job) -> dict[str, float]:
     checkpoint = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
     trainer.remove_callback(PrinterCallback)
     with deferred_interrupts() as pending:
-        callback = JobCallback(job, pending)
+        callback = JobCallback(job, pending, lambda: getattr(trainer, "expert_load", None))
         trainer.add_callback(callback)
         if checkpoint is not None and job.is_main:
             print(f"{job.name}: resumes from {checkpoint}")
@@ -112,9 +114,10 @@ def remove_torn_checkpoints(folder: Path) -> None:
 class JobCallback(TrainerCallback):
     """Logs to metrics.jsonl and the terminal, marks whole checkpoints, and stops between steps after a signal."""
 
-    def __init__(self, job: Job, pending: Any) -> None:
+    def __init__(self, job: Job, pending: Any, expert_load: Callable[[], ExpertLoad | None]) -> None:
         self.job = job
         self.pending = pending
+        self.expert_load = expert_load
         self.stopped_by: int | None = None
         self.began = time.time()
         self.first_step = 0
@@ -142,6 +145,8 @@ class JobCallback(TrainerCallback):
         if not all(math.isfinite(value) for value in values.values()):
             raise FloatingPointError(f"step {state.global_step}: not finite: {values}")
         self.job.log(step=state.global_step, **values)
+        if "router/load_max" in values:
+            self.job.log(step=state.global_step, expert_load=self.expert_load())  # a matrix: on a line of its own
         if self.job.is_main and args.disable_tqdm and "loss" in values and time.time() > self.next_line:
             self.next_line = time.time() + LINE_SECONDS
             speed = (state.global_step - self.first_step) / (time.time() - self.began)

@@ -7,10 +7,14 @@ Writes `output_dir/model` (a transformers folder) and `ledger.json`.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from alignment import job, models, training
 from alignment.errors import UserError, did_you_mean
 from alignment.fingerprint import weights_hash
+from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs, read_rows
 from dpo.config import DPOConfig, LossConfig
@@ -18,8 +22,14 @@ from dpo.data import tokenize_pairs
 from dpo.trainer import TRL_LOSSES, WEIGHTED_LOSSES, PreferenceArguments, PreferenceTrainer
 
 
-class ExpertParallelPreferenceTrainer(ExpertParallelTrainerMixin, PreferenceTrainer):
+class ExpertParallelPreferenceTrainer(RouterLossMixin, ExpertParallelTrainerMixin, PreferenceTrainer):
     """PreferenceTrainer whose experts may be split between ranks, and whose every save is whole."""
+
+    def routed_tokens(self, inputs: dict[str, Any]) -> Tensor:
+        tokens = super().routed_tokens(inputs)
+        if not self.weighted:
+            return tokens
+        return tokens & inputs["pair_weight"].bool().repeat(2)[:, None]  # fillers train nothing
 
 
 def run(config: DPOConfig) -> None:
@@ -37,6 +47,7 @@ def run(config: DPOConfig) -> None:
             train_dataset=pairs,
             processing_class=tokenizer,
             weights_hash=_version(config),
+            router=config.training.router,
         )
         metrics = training.train(trainer, this)
         trainer.save_model(str(this.dir / "model"))

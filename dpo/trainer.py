@@ -100,7 +100,6 @@ class Completions(NamedTuple):
     logps: Tensor  # [N, S], 0 outside the completions
     mask: Tensor  # [N, S]
     hidden: Tensor | None  # [N, S, D] last-layer states that predict the tokens
-    router_loss: Tensor | None
 
 
 class PreferenceTrainer(DPOTrainer):
@@ -285,24 +284,19 @@ class PreferenceTrainer(DPOTrainer):
         total = (inputs["pair_weight"] * objective).sum()
         if num_items_in_batch is None:
             return total / inputs["pair_weight"].sum().clamp(min=1)
-        loss = total * self.accelerator.num_processes / num_items_in_batch
-        if policy.router_loss is not None:
-            loss = loss + self.router_aux_loss_coef * policy.router_loss / self.current_gradient_accumulation_steps
-        return loss
+        return total * self.accelerator.num_processes / num_items_in_batch
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any], hidden: bool = False) -> Completions:
         """One forward through the wrapped model, with logits from the first completion token on only."""
         start: int = inputs["completion_start"]
         targets_NS = inputs["input_ids"][:, start:]
         mask_NS = inputs["completion_mask"][:, start:]
-        router = {"output_router_logits": True} if self.aux_loss_enabled and model.training else {}
         with _last_hidden_state(self.accelerator.unwrap_model(model)) as states:
             outputs = model(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 use_cache=False,
                 logits_to_keep=targets_NS.shape[1] + 1,
-                **router,
             )
         logits_NSV = outputs.logits[:, :-1].float()
         logps_NS = logits_NSV.gather(-1, targets_NS[..., None]).squeeze(-1) - logits_NSV.logsumexp(-1)
@@ -310,7 +304,6 @@ class PreferenceTrainer(DPOTrainer):
             logps=logps_NS.masked_fill(~mask_NS, 0.0),
             mask=mask_NS,
             hidden=states[0].detach()[:, start - 1 : -1] if hidden else None,
-            router_loss=outputs.aux_loss if router else None,
         )
 
     def _token_weights(self, policy: Completions) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:

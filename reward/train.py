@@ -17,6 +17,7 @@ from trl.trainer.reward_config import RewardConfig as TRLConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
 from alignment import job, models, stats, training
+from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs
 from reward import data
@@ -28,8 +29,8 @@ from reward.score import Scorer
 EVAL_BATCH_TOKENS = 4096
 
 
-class RewardModelTrainer(ExpertParallelTrainerMixin, RewardTrainer):
-    """TRL's trainer; nothing differs but the experts' ranks."""
+class RewardModelTrainer(RouterLossMixin, ExpertParallelTrainerMixin, RewardTrainer):
+    """TRL's trainer; nothing differs but the experts' ranks and routers."""
 
 
 def run(config: RewardConfig, prepare: Callable[..., PreferenceData] = data.prepare) -> None:
@@ -45,6 +46,7 @@ def run(config: RewardConfig, prepare: Callable[..., PreferenceData] = data.prep
             args=_arguments(this, config),
             train_dataset=data.to_dataset(pairs.train),
             processing_class=tokenizer,
+            router=config.training.router,
         )
         metrics: dict[str, Any] = training.train(trainer, this)
         trainer.save_model(str(this.dir / "model"))

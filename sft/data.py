@@ -111,13 +111,17 @@ def _pack(samples: Sequence[Sample], pad_id: int) -> dict[str, list[int]]:
 
 
 def collate(packs: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """One pack to the model's inputs: a row of tokens, positions that restart, and the ends of the samples."""
+    """One pack to the model's inputs: a row of tokens, positions that restart, and the ends of the samples.
+
+    The mask says what counts as a token; attention goes by the ends. A filler's one token does not count.
+    """
     if len(packs) != 1:
         raise ValueError(f"a rank trains on one pack at a time, got {len(packs)}")
     pack = packs[0]
     lengths = pack["lengths"]
     return {
         "input_ids": torch.tensor([pack["input_ids"]]),
+        "attention_mask": torch.full((1, len(pack["input_ids"])), int(any(t != IGNORED for t in pack["labels"]))),
         "labels": torch.tensor([pack["labels"]]),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0),

@@ -16,6 +16,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from alignment import attention, job, models, training
 from alignment.ledger import Ledger
+from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs
 from sft import data
@@ -26,7 +27,7 @@ from sft.config import SFTConfig
 vars(trl.trainer.utils).update(_use_triton=lambda _: True)
 
 
-class PackedSFTTrainer(ExpertParallelTrainerMixin, SFTTrainer):
+class PackedSFTTrainer(RouterLossMixin, ExpertParallelTrainerMixin, SFTTrainer):
     """TRL's trainer over packs in the order of their plan: rank r takes pack i * world + r."""
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
@@ -57,6 +58,7 @@ def run(config: SFTConfig) -> None:
             train_dataset=packs,
             data_collator=data.collate,
             processing_class=tokenizer,
+            router=config.training.router,
         )
         metrics = training.train(trainer, this)
         trainer.save_model(str(this.dir / "model"))

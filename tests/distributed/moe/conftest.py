@@ -1,0 +1,39 @@
+"""Launches the scripts of this folder on CPU ranks over gloo."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
+SECONDS = 400
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def launch() -> Launch:
+    return _launch
+
+
+def _launch(script: str, *arguments: object, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder on `ranks` CPU processes with expert parallelism of 2, or on one without."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "DS_"))}
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable]
+    if ranks > 1:
+        config = ROOT / "configs" / "accelerate" / "cpu-ep2.yaml"
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(ranks)]
+    command += [str(HERE / script), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        check=False,
+        env=kept | settings | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
