@@ -114,7 +114,7 @@ def remove_torn_checkpoints(folder: Path) -> None:
 class JobCallback(TrainerCallback):
     """Logs to metrics.jsonl and the terminal, marks whole checkpoints, and stops between steps after a signal."""
 
-    def __init__(self, job: Job, pending: Any, expert_load: Callable[[], ExpertLoad | None]) -> None:
+    def __init__(self, job: Job, pending: Any, expert_load: Callable[[], ExpertLoad | None] = lambda: None) -> None:
         self.job = job
         self.pending = pending
         self.expert_load = expert_load
