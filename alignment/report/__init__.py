@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from alignment import atomic
-from alignment.report import accuracy, cover, headline, ranking, record, sources, training
+from alignment.report import accuracy, cover, headline, ranking, record, routing, sources, training
 from alignment.report.collect import collect
 from alignment.report.headline import Row
 from alignment.report.page import Page, render
@@ -40,6 +40,7 @@ def build(pipeline: Path, overrides: Sequence[str] = ()) -> Path:
             *accuracy.sections(collected),
             *ranking.sections(collected),
             *training.sections(collected),
+            *routing.sections(collected),
             *record.sections(collected, found),
         ],
         footer=f"Made from {pipeline} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.",

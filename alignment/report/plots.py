@@ -188,3 +188,21 @@ def shares(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], wi
             if length > 40:
                 canvas.text(x + length / 2, y + 16, f"{end - start:.0%}", f"inside inside-{min(i, 3)}", "middle")
     return canvas.markup()
+
+
+def heat(rows: Sequence[Sequence[float]], width: float, label: str) -> Markup:
+    """A cell for each layer (row) and expert (column): grey at an even share of 1, the accent colour from 2 on."""
+    left, foot = width_of(["layer 00"]) + 8, 20.0
+    wide = (width - left) / len(rows[0])
+    high = min(22.0, max(8.0, wide))
+    canvas = Canvas(width, high * len(rows) + foot, label)
+    for layer, loads in enumerate(rows):
+        if layer % max(1, round(16 / high)) == 0:
+            canvas.text(0, high * layer + high / 2 + 4, f"layer {layer}")
+        for expert, share in enumerate(loads):
+            hint = f"layer {layer}, expert {expert}: {share:.2f} of an even share"
+            kind, tone = ("cell", min(share / 2, 1.0)) if share else ("cell dead", 0.0)
+            canvas.box(left + wide * expert, high * layer, max(wide - 1, 1), high - 1, kind, tone, hint)
+    canvas.text(left, high * len(rows) + 15, "expert 0")
+    canvas.text(width, high * len(rows) + 15, f"expert {len(rows[0]) - 1}", anchor="end")
+    return canvas.markup()

@@ -83,7 +83,7 @@ def write_run(root: Path, prompts: Sequence[dict[str, Any]] = (), n: int = 8, st
             "sft.train",
             {"train.loss": 0.7, "train.steps": steps, "packing.utilisation": used, "packing.packs": packs},
             config={"packing": {"capacity": 512}},
-            history=[{"step": 10 * i, "loss": 4 * math.exp(-i / 4), "learning_rate": 1e-3} for i in range(1, steps)],
+            history=[line for i in range(1, steps) for line in routed_step(10 * i, 4 * math.exp(-i / 4))],
         )
         write_ledger(runs / name, 100, {"overlong": 4})
     graded = write_evaluation(runs / "evaluate", rows, n, RATES[0], rng)
@@ -101,6 +101,13 @@ def write_run(root: Path, prompts: Sequence[dict[str, Any]] = (), n: int = 8, st
     write_best_of_n(runs / "best_of_n", runs / "evaluate", n, rng)
     write_online(runs / "online", runs / "evaluate", rows, n, steps, rng)
     return path
+
+
+def routed_step(step: int, loss: float) -> list[dict[str, Any]]:
+    """The lines that a step of a mixture-of-experts model logs: expert 2 of layer 1 is dead."""
+    values = {"router/balance_loss": 1.2, "router/load_max": 1.5, "router/dead_experts": 1}
+    load = [[1.5, 0.75, 0.75], [1.8, 1.2, 0.0]]
+    return [{"step": step, "loss": loss, "learning_rate": 1e-3, **values}, {"step": step, "expert_load": load}]
 
 
 def write_evaluation(
@@ -354,6 +361,13 @@ def test_sections_tell_the_whole_run(page: str, pipeline: Path) -> None:
     assert "12 pairs' transport was not solved" in text
     assert f"python -m dpo.online --config {pipeline.parent / 'online.yaml'}" in text
     assert "abc123" in text
+
+
+def test_load_of_the_experts_is_that_of_the_last_line(page: str) -> None:
+    section = page[page.index("Experts</h2>") :]
+    assert "over the last 10 steps: 1 of 6 experts got no token" in section
+    assert "layer 1, expert 0: 1.80 of an even share" in section
+    assert section.count('class="cell dead"') == 4  # two stages, each drawn for a desktop and a phone
 
 
 def test_nothing_has_run(tmp_path: Path) -> None:
