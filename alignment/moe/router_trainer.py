@@ -158,6 +158,7 @@ class RouterLossMixin(Trainer):
         step = self.state.global_step
         steps = step - self._router_steps_logged
         self._router_steps_logged = step
+        self._total_loss_scalar -= float(sums["added"])  # of transformers: the mean loss that it states at the end
         load_LE = load_share(sums["counts"]) * sums["counts"].shape[-1]
         self.expert_load = [[round(load, 3) for load in layer] for layer in load_LE.tolist()]
         now = coefficients(self.router, (step - 1) / max(1, self.state.max_steps))

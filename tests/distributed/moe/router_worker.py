@@ -50,7 +50,7 @@ def train(case: str, batch: int, accumulate: int, folder: Path) -> dict[str, Any
         data_collator=padded,
         router=RouterConfig.model_validate({"balance": 0.5, "z": 0.05, "scope": scope, "final_share": 0.5}),
     )  # fmt: skip
-    trainer.train()
+    stated = trainer.train().training_loss
     history = [line for line in trainer.state.log_history if "loss" in line]
     names = [name for name in history[0] if name in LOGGED or name.startswith("router/")]
     weights = {name: tensor.clone() for name, tensor in hf_weights(model)}
@@ -58,6 +58,7 @@ def train(case: str, batch: int, accumulate: int, folder: Path) -> dict[str, Any
         "history": {name: [float(line[name]) for line in history] for name in names},
         "weights": weights,
         "load": trainer.expert_load,
+        "stated": stated,
     }
 
 

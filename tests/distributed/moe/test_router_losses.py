@@ -72,6 +72,7 @@ def test_micro_scope_does_depend_on_it(whole: dict[str, Any], cut: dict[str, Any
 
 def test_what_is_logged(whole: dict[str, Any]) -> None:
     history = whole["global"]["history"]
+    assert whole["global"]["stated"] == pytest.approx(sum(history["loss"]) / 5, abs=1e-5)
     assert history["router/balance_coefficient"] == pytest.approx([0.5, 0.45, 0.4, 0.35, 0.3])
     assert history["router/z_coefficient"] == pytest.approx([0.05, 0.045, 0.04, 0.035, 0.03])
     for step in range(5):
