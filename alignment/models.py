@@ -27,7 +27,7 @@ if not sys.stderr.isatty():
     logging.disable_progress_bar()
 
 # On every load it lists the layers that a tensor-parallel plan leaves whole, though no plan is in use.
-logging.get_logger("transformers.distributed.tensor_parallel").setLevel(logging.ERROR)
+logging.get_logger("transformers.distributed.tensor_parallel").setLevel(logging.log_levels["error"])
 
 PRESETS = Path(__file__).parent.parent / "configs" / "models"
 # What transformers raises for a config or weights that it cannot read.
