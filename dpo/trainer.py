@@ -77,6 +77,9 @@ class PreferenceArguments(DPOConfig):
         for option in dataclasses.fields(self):
             if option.name in TRL_ONLY and getattr(self, option.name) != _default(option):
                 raise UserError(f"{option.name}: has no effect on loss_type {self.loss_type[0]!r}; leave it out")
+        if self.router_aux_loss_coef:
+            raise UserError("router_aux_loss_coef: has no effect on our losses; RouterLossMixin adds router losses")
+        self.router_aux_loss_coef = 0.0  # None would be the architecture's own
         # Otherwise TRL keeps a copy of the model as reference; ours is a file of per-token values.
         self.precompute_ref_log_probs = True
 

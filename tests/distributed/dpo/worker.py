@@ -22,14 +22,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(router_aux_loss_coef: float) -> Ernie4_5_MoeForCausalLM:
+def tiny_model() -> Ernie4_5_MoeForCausalLM:
     torch.manual_seed(0)
     return Ernie4_5_MoeForCausalLM(
         Ernie4_5_MoeConfig(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, moe_intermediate_size=16, moe_num_experts=4,
             moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=0, initializer_range=0.2,
-            router_aux_loss_coef=router_aux_loss_coef, bos_token_id=None, pad_token_id=PAD, eos_token_id=EOS,
+            router_aux_loss_coef=0.0, bos_token_id=None, pad_token_id=PAD, eos_token_id=EOS,
         )
     )  # fmt: skip
 
@@ -61,7 +61,6 @@ def settings(out: Path, **options: Any) -> dict[str, Any]:
 
 
 def train(out: Path, loss: str, pairs: int, batch: int, accumulation: int) -> dict[str, Any]:
-    """Train with `router_aux_loss_coef` 0, which is a mean over each rank's own batch and so no sum over pairs."""
     args = PreferenceArguments(
         **settings(out, loss_type=[loss], nll_weight=0.2, ddp_backend=ddp_backend()),
         per_device_train_batch_size=batch,
@@ -69,7 +68,7 @@ def train(out: Path, loss: str, pairs: int, batch: int, accumulation: int) -> di
     )
     data = random_pairs(pairs)
     trainer = PreferenceTrainer(
-        tiny_model(0.0), args, train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer()
+        tiny_model(), args, train_dataset=data, eval_dataset=data, processing_class=tiny_tokenizer()
     )
     trainer.train()
     trainer.evaluate()

@@ -22,7 +22,7 @@ assert spec.loader is not None
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 
-PAIRS, ROUTER = 8, 0.05
+PAIRS = 8
 
 
 class Peer(DPOTrainer):
@@ -67,10 +67,10 @@ def one_thread() -> Iterator[None]:
 
 
 def test_losses_gradients_and_weights_equal_trls(tmp_path: Path) -> None:
-    """Router loss and gradient accumulation included, over five epochs: ten steps of two micro-batches."""
+    """Gradient accumulation included, over five epochs: ten steps of two micro-batches."""
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 5}
     settings = tiny.settings(tmp_path, **batches)
-    model, pairs, tokenizer = tiny.tiny_model(ROUTER), tiny.random_pairs(PAIRS), tiny.tiny_tokenizer()
+    model, pairs, tokenizer = tiny.tiny_model(), tiny.random_pairs(PAIRS), tiny.tiny_tokenizer()
     peer = Peer(
         copy.deepcopy(model),
         copy.deepcopy(model),

@@ -12,9 +12,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignment.config import RouterConfig
 from alignment.errors import UserError
 from dpo.data import PairCollator, tokenize_pairs
 from dpo.ot import ot_token_weights
+from dpo.train import ExpertParallelPreferenceTrainer
 from dpo.trainer import PreferenceArguments, PreferenceTrainer
 
 Make = Callable[..., PreferenceTrainer]
@@ -177,6 +179,32 @@ def test_trl_losses_run_by_trls_path(make: Make, dense: PreTrainedModel, tmp_pat
     assert logged(trainer, "loss")[0] == pytest.approx(25, abs=1e-3)
 
 
+@pytest.mark.parametrize("loss", ["ot_dpo", "sigmoid"])
+def test_router_losses_are_logged_and_fillers_route_nothing(
+    loss: str, ernie: PreTrainedModel, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Seven pairs in batches of two: our path ends with a filler, TRL's with one pair. All tokens are counted."""
+    args = PreferenceArguments(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, loss_type=[loss], per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, num_train_epochs=1, logging_steps=2, report_to="none", disable_tqdm=True,
+        router_aux_loss_coef=0.0, save_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    tokens = sum(len(p["prompt_ids"]) * 2 + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
+    counted: list[float] = []
+
+    class Counting(ExpertParallelPreferenceTrainer):
+        def _drained(self) -> dict[str, float]:
+            counted.append(float(self._router_sums["counts"].sum()))
+            return super()._drained()
+
+    reference = {"ref_model": copy.deepcopy(ernie)} if loss == "sigmoid" else {}
+    router = RouterConfig(scope="global")
+    trainer = Counting(ernie, args, train_dataset=pairs, processing_class=tokenizer, router=router, **reference)
+    trainer.train()
+    assert logged(trainer, "router/balance_loss")[0] == pytest.approx(1, abs=0.2)
+    assert counted == [tokens * 2 * 2]  # two layers, two experts a token
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -184,6 +212,7 @@ def test_trl_losses_run_by_trls_path(make: Make, dense: PreTrainedModel, tmp_pat
         ({"loss_type": ["ot_dpo", "sft"]}, "set nll_weight"),
         ({"ld_alpha": 0.5}, "ld_alpha: has no effect on loss_type 'ot_dpo'"),
         ({"loss_type": ["dpo"], "label_smoothing": 0.1}, "label_smoothing: has no effect"),
+        ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef: has no effect on our losses"),
         ({"loss_type": ["sigmoid"], "nll_weight": 0.1}, "nll_weight: has no effect on TRL's loss 'sigmoid'"),
     ],
 )
