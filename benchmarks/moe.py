@@ -1,8 +1,9 @@
-"""The expert layer under AutoEP against DeepSpeed's classic MoE and transformers' eager experts, on two gloo ranks.
+"""The expert layer under AutoEP against DeepSpeed's classic MoE and transformers' eager experts, on two gloo ranks;
+and the share that the router losses have of a training step, in one process.
 
     python -m benchmarks.moe
 
-Every layer has the same experts, router weights and tokens, and computes the same outputs and input gradients (checked
+Every expert layer has the same experts, router weights and tokens, and computes the same outputs and input gradients (checked
 before anything is timed). Balanced routing is that of random routers, the mean over several of them; skewed, one expert
 is among the choices of every token. The classic layer pads every expert to the fullest of any rank: it computes
 `fullest_over_mean` times the rows that there are.
@@ -26,13 +27,16 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import silu
 
+from alignment.models import preset_config
 from alignment.moe.autoep import autoep_layers, install_ernie_preset
 from alignment.moe.dispatch import install_cpu_dispatch
+from alignment.moe.router_losses import expert_counts, load_share, router_losses
+from alignment.moe.routing import RouterWatch, Routing
 from alignment.moe.trainer import ddp_backend
 from benchmarks import in_turns, report, speedup
 
 RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 384, 384, 256, 48, 4
-ROUTERS, ROUNDS = 5, 5
+ROUTERS, ROUNDS, SHARE_ROUNDS = 5, 5, 21
 SKEW = 8.0  # added to one expert's logit, where the others have a standard deviation of 1
 SETTINGS = {
     "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32", "tokens_a_rank": TOKENS, "hidden": HIDDEN,
@@ -196,6 +200,40 @@ def measure(rank: int) -> None:
     report("moe.skewed_memory_ratio", ours_bytes / classic_bytes, "of its memory", classic, better="lower", **settings)
 
 
+def router_loss_share() -> None:
+    """The losses' own work, from logits and choices to the logits' gradient, against a step of the demo's model."""
+    config = preset_config("compass-tiny", vocab_size=2048)
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+    optimizer = torch.optim.AdamW(model.parameters())
+    watch = RouterWatch(model)
+    ids = torch.randint(2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    mask_T = torch.ones(TOKENS, dtype=torch.bool)
+    with watch.recording() as routing:
+        model(input_ids=ids)
+    logits = {layer: logits_TE.detach().requires_grad_() for layer, logits_TE in routing.logits.items()}
+    seen = Routing(logits, routing.selected)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    def losses() -> tuple[torch.Tensor, ...]:
+        logits_LTE = seen.logits_LTE
+        share_LE = load_share(expert_counts(seen.selected_LTK, mask_T, logits_LTE.shape[-1]))
+        found = router_losses(logits_LTE, share_LE, mask_T, TOKENS)
+        return torch.autograd.grad((0.01 * found.balance + 0.001 * found.z).sum(), list(logits.values()))
+
+    added, whole = in_turns(losses, step, SHARE_ROUNDS, warm_up=3)
+    settings = {
+        "model": "compass-tiny", "tokens": TOKENS, "layers": config.num_hidden_layers, "threads": 1,
+        "dtype": "float32", "seconds": round(added, 5), "step_seconds": round(whole, 4), "rounds": SHARE_ROUNDS,
+        "peer_value": 1.0,
+    }  # fmt: skip
+    share = added / (added + whole)
+    report("moe.router_loss_share", share, "of a step", "a training step without them", better="lower", **settings)
+
+
 def rank_main(rank: int, store: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), ACCELERATE_USE_DEEPSPEED="true")
     torch.set_num_threads(1)
@@ -212,6 +250,8 @@ def rank_main(rank: int, store: str) -> None:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    router_loss_share()
     with tempfile.TemporaryDirectory() as folder:
         spawn(rank_main, args=(f"{folder}/store",), nprocs=RANKS)
 
