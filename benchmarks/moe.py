@@ -3,8 +3,8 @@ and the share that the router losses have of a training step, in one process.
 
     python -m benchmarks.moe
 
-Every expert layer has the same experts, router weights and tokens, and computes the same outputs and input gradients (checked
-before anything is timed). Balanced routing is that of random routers, the mean over several of them; skewed, one expert
+Every expert layer has the same experts, router weights and tokens, and computes the same outputs and input gradients
+(checked before anything is timed). Balanced routing is that of random routers, the mean over several of them; skewed, one expert
 is among the choices of every token. The classic layer pads every expert to the fullest of any rank: it computes
 `fullest_over_mean` times the rows that there are.
 
@@ -37,6 +37,7 @@ from benchmarks import in_turns, report, speedup
 
 RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 384, 384, 256, 48, 4
 ROUTERS, ROUNDS, SHARE_ROUNDS = 5, 5, 21
+STEP_TOKENS = 512  # the demo's packs
 SKEW = 8.0  # added to one expert's logit, where the others have a standard deviation of 1
 SETTINGS = {
     "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32", "tokens_a_rank": TOKENS, "hidden": HIDDEN,
@@ -201,13 +202,16 @@ def measure(rank: int) -> None:
 
 
 def router_loss_share() -> None:
-    """The losses' own work, from logits and choices to the logits' gradient, against a step of the demo's model."""
+    """The losses' own work, from logits and choices to the logits' gradient, against a step of the demo's model.
+
+    Not counted: the all-reduces of a log line and, in global scope, of the load.
+    """
     config = preset_config("compass-tiny", vocab_size=2048)
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters())
     watch = RouterWatch(model)
-    ids = torch.randint(2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    mask_T = torch.ones(TOKENS, dtype=torch.bool)
+    ids = torch.randint(2048, (1, STEP_TOKENS), generator=torch.Generator().manual_seed(0))
+    mask_T = torch.ones(STEP_TOKENS, dtype=torch.bool)
     with watch.recording() as routing:
         model(input_ids=ids)
     logits = {layer: logits_TE.detach().requires_grad_() for layer, logits_TE in routing.logits.items()}
@@ -221,12 +225,12 @@ def router_loss_share() -> None:
     def losses() -> tuple[torch.Tensor, ...]:
         logits_LTE = seen.logits_LTE
         share_LE = load_share(expert_counts(seen.selected_LTK, mask_T, logits_LTE.shape[-1]))
-        found = router_losses(logits_LTE, share_LE, mask_T, TOKENS)
+        found = router_losses(logits_LTE, share_LE, mask_T, STEP_TOKENS)
         return torch.autograd.grad((0.01 * found.balance + 0.001 * found.z).sum(), list(logits.values()))
 
     added, whole = in_turns(losses, step, SHARE_ROUNDS, warm_up=3)
     settings = {
-        "model": "compass-tiny", "tokens": TOKENS, "layers": config.num_hidden_layers, "threads": 1,
+        "model": "compass-tiny", "tokens": STEP_TOKENS, "layers": config.num_hidden_layers, "threads": 1,
         "dtype": "float32", "seconds": round(added, 5), "step_seconds": round(whole, 4), "rounds": SHARE_ROUNDS,
         "peer_value": 1.0,
     }  # fmt: skip
