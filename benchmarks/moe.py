@@ -4,9 +4,9 @@ and the share that the router losses have of a training step, in one process.
     python -m benchmarks.moe
 
 Every expert layer has the same experts, router weights and tokens, and computes the same outputs and input gradients
-(checked before anything is timed). Balanced routing is that of random routers, the mean over several of them; skewed, one expert
-is among the choices of every token. The classic layer pads every expert to the fullest of any rank: it computes
-`fullest_over_mean` times the rows that there are.
+(checked before anything is timed). Balanced routing is that of random routers, the mean over several of them; skewed,
+one expert is among the choices of every token. The classic layer pads every expert to the fullest of any rank: it
+computes `fullest_over_mean` times the rows that there are.
 
 Shapes: T tokens of a rank, D model dim, F expert width, E experts, K experts a token, L experts of a rank.
 """
@@ -35,8 +35,8 @@ from alignment.moe.routing import RouterWatch, Routing
 from alignment.moe.trainer import ddp_backend
 from benchmarks import in_turns, report, speedup
 
-RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 384, 384, 256, 48, 4
-ROUTERS, ROUNDS, SHARE_ROUNDS = 5, 5, 21
+RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 512, 384, 256, 48, 4
+ROUTERS, ROUNDS, SHARE_ROUNDS = 7, 5, 21
 STEP_TOKENS = 512  # the demo's packs
 SKEW = 8.0  # added to one expert's logit, where the others have a standard deviation of 1
 SETTINGS = {
