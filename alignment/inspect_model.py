@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from alignment import models
 from alignment.errors import UserError, did_you_mean
+from alignment.moe.autoep import moe_blocks
 
 GIB, MIB, KIB = 1 << 30, 1 << 20, 1 << 10
 # Bytes a parameter takes: weights + gradients + AdamW's two moments (+ float32 master weights).
@@ -51,9 +52,9 @@ def inspect_model(name: str) -> Model:
     return Model(
         name=name,
         architecture=type(model).__name__,
-        shape=_shape(config),
+        shape=_shape(config, expert_layers=len(list(moe_blocks(model)))),
         parameters=models.count_parameters(model, config),
-        cache_values=2 * config.num_hidden_layers * _kv_heads(config) * _head_dim(config),
+        cache_values=config.num_hidden_layers * _cached_in_a_layer(config),
     )
 
 
@@ -70,23 +71,53 @@ def _config(name: str) -> PreTrainedConfig:
     return config
 
 
-def _shape(config: PreTrainedConfig) -> dict[str, str]:
+def _shape(config: PreTrainedConfig, expert_layers: int) -> dict[str, str]:
     shape = {
         "layers": f"{config.num_hidden_layers}",
         "hidden size": f"{config.hidden_size:,}",
-        "attention heads": f"{config.num_attention_heads} query, {_kv_heads(config)} key-value",
-        "head dimension": f"{_head_dim(config)}",
+        **_attention(config),
         "vocabulary": f"{config.vocab_size:,}" + (" (tied)" if config.tie_word_embeddings else ""),
         "context": f"{config.max_position_embeddings:,}",
     }
-    routed = _first(config, "num_experts", "num_local_experts", "n_routed_experts")
-    if routed is None:
+    dense_layers = config.num_hidden_layers - expert_layers
+    if not expert_layers:
         return shape | {"feed-forward width": f"{config.intermediate_size:,}"}
-    shared = _first(config, "moe_num_shared_experts", "n_shared_experts") or 0
+    if dense_layers:
+        shape["dense layers"] = f"{dense_layers}, of width {config.intermediate_size:,}"
+    routed = _first(config, "num_experts", "num_local_experts", "n_routed_experts")
     return shape | {
-        "experts": f"{shared} shared + {routed} routed, top-{config.num_experts_per_tok}",
+        "experts": f"{_shared(config)}{routed} routed, top-{config.num_experts_per_tok}",
         "expert width": f"{_first(config, 'moe_intermediate_size', 'intermediate_size'):,}",
     }
+
+
+def _attention(config: PreTrainedConfig) -> dict[str, str]:
+    """Grouped queries, or the latent attention of DeepSeek-V2/V3 (arXiv:2405.04434, section 2.1)."""
+    if _first(config, "kv_lora_rank") is None:
+        return {
+            "attention heads": f"{config.num_attention_heads} query, {_kv_heads(config)} key-value",
+            "head dimension": f"{_head_dim(config)}",
+        }
+    keys = f"keys {config.qk_nope_head_dim} + {config.qk_rope_head_dim} rotary, values {config.v_head_dim}"
+    return {
+        "attention heads": f"{config.num_attention_heads}, latent of rank {config.kv_lora_rank}",
+        "head dimension": keys,
+    }
+
+
+def _shared(config: PreTrainedConfig) -> str:
+    """The shared experts, which have the routed ones' width except in Qwen2-MoE."""
+    if width := _first(config, "shared_expert_intermediate_size"):
+        return f"1 shared of width {width:,} + "
+    count = _first(config, "moe_num_shared_experts", "n_shared_experts")
+    return f"{count} shared + " if count else ""
+
+
+def _cached_in_a_layer(config: PreTrainedConfig) -> int:
+    """Numbers cached for a token: keys and values, or the latent and the rotary key, as vLLM keeps them."""
+    if rank := _first(config, "kv_lora_rank"):
+        return int(rank + config.qk_rope_head_dim)
+    return 2 * _kv_heads(config) * _head_dim(config)
 
 
 def _first(config: PreTrainedConfig, *names: str) -> Any:

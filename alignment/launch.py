@@ -4,6 +4,7 @@
 
 Takes the arguments of `accelerate launch`, which runs the same; but where that ends every failure of a rank with a
 traceback of its own and code 1, this ends with the code of the rank and leaves the rank's message as the last word.
+With --dry-run among the job's arguments no ranks are started: one process plans for all of them, on any machine.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from alignment import job
 from alignment.errors import UserError, did_you_mean
@@ -41,7 +43,11 @@ def launch(arguments: Sequence[str]) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     parsed = launch_command_parser().parse_args(list(arguments))
-    _check(parsed)
+    config = _config(parsed)
+    if "--dry-run" in parsed.training_script_args:
+        _dry_run(parsed, config)
+        return
+    _check(parsed, config)
     try:
         launch_command(parsed)
     except ChildFailedError as error:
@@ -53,23 +59,54 @@ def launch(arguments: Sequence[str]) -> None:
         raise UserError(f"the launcher's port cannot be used: {str(error).strip().splitlines()[0]}") from None
 
 
-def _check(parsed: argparse.Namespace) -> None:
-    """Refuse a config or port that cannot be used, and share the cores among the ranks."""
+def _config(parsed: argparse.Namespace) -> Any:
+    """The launcher's config; None where there is none."""
     from accelerate.commands.config import load_config_from_file
-    from accelerate.utils import is_port_in_use
 
     if parsed.config_file is None:
-        return
+        return None
     path = Path(parsed.config_file)
     if not path.is_file():
         hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise UserError(f"{path}: no such launcher config{hint}")
-    config = load_config_from_file(str(path))
+    return load_config_from_file(str(path))
+
+
+def _check(parsed: argparse.Namespace, config: Any) -> None:
+    """Refuse a port that cannot be used, and share the cores among the ranks."""
+    from accelerate.utils import is_port_in_use
+
+    if config is None:
+        return
     port = config.main_process_port if parsed.main_process_port is None else parsed.main_process_port
     if port and is_port_in_use(port):  # on one machine accelerate would only warn, and take another
         raise UserError(f"port {port} is in use; choose another main_process_port, or 0 for any that is free")
     ranks = (parsed.num_processes or config.num_processes) // (parsed.num_machines or config.num_machines)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+
+
+def _dry_run(parsed: argparse.Namespace, config: Any) -> None:
+    """Run the job's dry run in one process that is told of the ranks and the DeepSpeed config.
+
+    Raises:
+        UserError: a DeepSpeed config that is not there.
+        job.RankFailed: the job refused its config; its message stands above.
+    """
+    ranks = parsed.num_processes or (config and config.num_processes) or 1
+    os.environ["WORLD_SIZE"] = str(ranks)
+    if config is not None and config.distributed_type == "DEEPSPEED":
+        settings = config.deepspeed_config
+        path = settings.get("deepspeed_config_file")
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{parsed.config_file}: deepspeed_config_file {path}: no such file")
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(settings.get("zero_stage", 2))
+        if path is not None:
+            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = path
+    script = ["-m", parsed.training_script] if parsed.module else [parsed.training_script]
+    code = run_command(["python", *script, *parsed.training_script_args])
+    if code:
+        raise job.RankFailed(code)
 
 
 def job_command(module: str, config: Path, overrides: Sequence[str] = (), accelerate: Path | None = None) -> list[str]:

@@ -18,6 +18,7 @@ from alignment import models
 from alignment.config import ModelConfig, TrainingConfig
 from alignment.job import Interrupted, Job, deferred_interrupts
 from alignment.moe.autoep import check_model
+from alignment.moe.memory import launched_layout, memory_plan
 from alignment.moe.trainer import ddp_backend, expert_parallel_size
 
 # DeepSpeed 0.19.8 calls it, on every rank.
@@ -34,11 +35,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_parallel(source: ModelConfig) -> None:
-    """Refuse an expert-parallel size that does not divide the experts or the processes, before any weight is read."""
+def check_parallel(source: ModelConfig) -> list[str]:
+    """Refuse an expert-parallel size that does not divide the experts or the processes, before any weight is read.
+
+    Returns the lines of the memory plan: what one rank of this launch holds when every weight is trained.
+    """
+    config = models.config_of(source)
+    model = models.on_meta(config)
     size = expert_parallel_size()
     if size > 1:
-        check_model(models.on_meta(models.config_of(source)), size, world_size())
+        check_model(model, size, world_size())
+    return memory_plan(model, config, launched_layout(source.dtype))
 
 
 def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: str, **specific: Any) -> A:

@@ -24,11 +24,11 @@ def in_turns(
 def speedup(claim: str, peer: str, seconds: tuple[float, float], rounds: int, **settings: Any) -> None:
     """Print the claim that ours takes a fraction of the peer's time."""
     ours, theirs = seconds
-    measured = {"seconds": round(ours, 4), "peer_seconds": round(theirs, 4), "rounds": rounds}
+    measured: dict[str, Any] = {"seconds": round(ours, 4), "peer_seconds": round(theirs, 4), "rounds": rounds}
     report(claim, theirs / ours, "x", peer, **measured, **settings)
 
 
-def report(claim: str, value: float, unit: str, peer: str, **settings: Any) -> None:
-    """Print one claim as a JSON line. More is better in all of ours."""
-    line = {"claim": claim, "value": float(f"{value:.4g}"), "unit": unit, "better": "higher", "peer": peer}
+def report(claim: str, value: float, unit: str, peer: str, better: str = "higher", **settings: Any) -> None:
+    """Print one claim as a JSON line; `better` is "higher" or "lower"."""
+    line = {"claim": claim, "value": float(f"{value:.4g}"), "unit": unit, "better": better, "peer": peer}
     print(json.dumps(line | {"settings": settings}), flush=True)

@@ -96,13 +96,14 @@ def check_loss(loss: LossConfig) -> None:
 def plan(config: DPOConfig) -> list[str]:
     check_loss(config.loss)
     models.check_model(config.model)
-    training.check_parallel(config.model)
+    memory = training.check_parallel(config.model)
     first_rows(config.rows, "preference")
     pairs = config.batch_size * training.world_size() * config.training.accumulation
     return [
         f"model: {config.model.path}",
         f"rows: {config.rows}",
         f"step: {training.world_size()} ranks x {config.training.accumulation} x {config.batch_size} = {pairs} pairs",
+        *memory,
     ]
 
 

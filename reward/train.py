@@ -100,7 +100,7 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 def plan(config: RewardConfig) -> list[str]:
     models.check_model(config.model)
-    training.check_parallel(config.model)
+    memory = training.check_parallel(config.model)
     for source in filter(None, (config.rows, config.eval_rows)):
         first_rows(source, "preference")
     ranks = training.world_size()
@@ -109,6 +109,7 @@ def plan(config: RewardConfig) -> list[str]:
         f"model: {config.model.path} with a scalar head",
         f"rows: {config.rows}; judged on {config.eval_rows or 'nothing'}",
         f"step: {ranks} ranks x {config.training.accumulation} x {config.batch_size} = {pairs} pairs",
+        *memory,
     ]
 
 

@@ -88,7 +88,7 @@ def _arguments(this: job.Job, config: SFTConfig) -> TRLConfig:
 
 def plan(config: SFTConfig) -> list[str]:
     models.check_model(config.model)
-    training.check_parallel(config.model)
+    memory = training.check_parallel(config.model)
     for source in config.sources:
         first_rows(source.rows, "messages")
     packs = training.world_size() * config.training.accumulation
@@ -96,6 +96,7 @@ def plan(config: SFTConfig) -> list[str]:
         f"model: {config.model.path or config.model.preset}",
         f"rows: {', '.join(s.rows for s in config.sources)}",
         f"step: {packs} packs of {config.packing.capacity} tokens = {packs * config.packing.capacity} tokens",
+        *memory,
     ]
 
 

@@ -55,6 +55,68 @@ def test_compass_v2() -> None:
     assert f"{29_810_385_312 * 2 / 2**30:.1f} GiB  bfloat16, and 90 KiB of cache a token" in text
 
 
+def test_compass_v3() -> None:
+    """16 experts, top-4, and both totals of the report within 2%; the widths are assumptions."""
+    model = inspect_model.inspect_model("compass-v3")
+    assert model.shape["experts"] == "16 routed, top-4"
+    assert model.parameters.total == pytest.approx(245e9, rel=0.02)
+    assert model.parameters.active == pytest.approx(71e9, rel=0.02)
+
+
+# Hidden size 32, vocabulary 48, 2 layers, 4 heads of 8 (latent attention: of 4 + 4 and 8), 2 of 4 experts of width 16.
+EMBEDDINGS, EXPERT = 2 * 48 * 32, 3 * 32 * 16
+GROUPED = 32 * 32 + 2 * 32 * 16 + 32 * 32  # 2 key-value heads
+LATENT = (32 * 8 + 8 + 8 * 32) + (32 * 12 + 8 + 8 * 48) + 32 * 32  # rank 8 for queries, 8 + 4 for keys and values
+NORMS, ROUTER, DENSE = 2 * 32, 4 * 32, 3 * 32 * 32
+SIZES: dict[str, Any] = {
+    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+DEEPSEEK = SIZES | {
+    "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+DEEPSEEK_REST = 2 * (LATENT + NORMS) + DENSE + ROUTER + EXPERT  # the shared expert
+FAMILIES: dict[str, tuple[dict[str, Any], int, int, dict[str, str], int]] = {
+    # config; parameters beside embeddings, last norm and routed experts; width of these; lines; cached a token
+    "qwen3_moe": (
+        SIZES | {"num_experts": 4, "head_dim": 8}, 2 * (GROUPED + 2 * 8 + NORMS + ROUTER), 16,
+        {"experts": "4 routed, top-2", "expert width": "16"}, 2 * 2 * 2 * 8,
+    ),
+    "qwen2_moe": (
+        SIZES | {"num_experts": 4, "shared_expert_intermediate_size": 24},
+        2 * (GROUPED + 32 + 2 * 16 + NORMS + ROUTER + 3 * 32 * 24 + 32), 16,
+        {"experts": "1 shared of width 24 + 4 routed, top-2", "expert width": "16"}, 2 * 2 * 2 * 8,
+    ),
+    "mixtral": (
+        SIZES | {"num_local_experts": 4, "moe_intermediate_size": None}, 2 * (GROUPED + NORMS + ROUTER), 32,
+        {"experts": "4 routed, top-2", "expert width": "32"}, 2 * 2 * 2 * 8,
+    ),
+    "deepseek_v2": (
+        DEEPSEEK | {"topk_method": "greedy"}, DEEPSEEK_REST, 16,
+        {"experts": "1 shared + 4 routed, top-2", "dense layers": "1, of width 32"}, 2 * (8 + 4),
+    ),
+    "deepseek_v3": (
+        DEEPSEEK, DEEPSEEK_REST, 16,
+        {"attention heads": "4, latent of rank 8", "head dimension": "keys 4 + 4 rotary, values 8"}, 2 * (8 + 4),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_by_hand(family: str, tmp_path: Path) -> None:
+    """A token passes 2 of the 4 routed experts of every layer that has some; all else is active."""
+    config, rest, width, lines, cached = FAMILIES[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **config}))
+    model = inspect_model.inspect_model(str(tmp_path))
+    routed = (1 if "deepseek" in family else 2) * 3 * 32 * width
+    assert model.parameters.total == EMBEDDINGS + 32 + rest + 4 * routed
+    assert model.parameters.active == EMBEDDINGS + 32 + rest + 2 * routed
+    assert {key: model.shape[key] for key in lines} == lines
+    assert model.cache_values == cached
+
+
 def test_folder_is_inspected_without_its_weights(tiny_model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_model_folder / "config.json").read_bytes())
     model = inspect_model.inspect_model(str(tmp_path))
