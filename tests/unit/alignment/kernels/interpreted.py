@@ -30,12 +30,14 @@ from triton.backends import backends
 from triton.runtime import interpreter
 
 # What stands between the interpreter and kernels written for a GPU: DeepSpeed asks for a driver and a CUDA device, the
-# interpreter leaves float arguments as they are and takes some masks for integers, and it has no libdevice.
+# interpreter leaves float arguments as they are, takes some masks for integers and adds bf16 numbers as their bits, and
+# it has no libdevice.
 for backend in backends.values():
     backend.driver.is_active = staticmethod(lambda: True)
 torch.cuda.device = lambda _: contextlib.nullcontext()
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 convert, load, store = interpreter._implicit_cvt, Builder.create_masked_load, Builder.create_masked_store
+binary = Builder.binary_op
 
 
 def as_argument(value: Any) -> Any:
@@ -48,7 +50,15 @@ def as_mask(mask: Any) -> Any:
     return Handle(mask.data.astype(bool), tl.int1)
 
 
+def in_bf16(self: Any, left: Any, right: Any, operation: Any) -> Any:
+    if left.dtype.scalar != tl.bfloat16:
+        return binary(self, left, right, operation)
+    wide = [self.cast_impl(side, tl.float32) for side in (left, right)]
+    return self.cast_impl(binary(self, *wide, operation), tl.bfloat16)
+
+
 interpreter._implicit_cvt = as_argument
+Builder.binary_op = in_bf16
 Builder.create_masked_load = lambda self, at, mask, *rest: load(self, at, as_mask(mask), *rest)
 Builder.create_masked_store = lambda self, at, value, mask, *rest: store(self, at, value, as_mask(mask), *rest)
 
