@@ -59,3 +59,25 @@ def test_kernel_equals_its_reference_and_has_run(case: str, found: dict[str, dic
 
 def test_every_case_is_expected(found: dict[str, dict[str, Any]]) -> None:
     assert found.keys() == CASES.keys()
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["halves", "interleaved"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_our_kernel_compiles_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: int, dtype: str, capability: int
+) -> None:
+    """To a cubin, with Triton's own assembler: what the interpreter allows, the compiler may not."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # else Triton 3.9 warns that its default will change
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from alignment.kernels.rope import _rotate_kernel
+
+    constants = {"SIGN": -1, "STEP": step, "ACROSS": 1 if step == 2 else 64, "HEADS": 32, "PAIRS": 64}
+    pointers = {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    types = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in _rotate_kernel.arg_names}
+    source = ASTSource(fn=_rotate_kernel, signature=types, constexprs=constants)
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32))
+    assert len(compiled.asm["cubin"]) > 1000
