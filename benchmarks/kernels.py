@@ -154,7 +154,12 @@ def matmul_share(layer: Layer, shape: Shape, device: str) -> None:
     parts = {"forward": (layer.forward, shape.flops), "step": (layer.step, 3 * shape.flops)}
     for part, (call, flops) in parts.items():
         reached = flops / seconds_of(call(experts_forward))
-        settings = {"peer_value": 1.0, "tflops": reached / 1e12, "peak_tflops": peak / 1e12, **asdict(shape)}
+        settings = {
+            "peer_value": 1.0,
+            "tflops": round(reached / 1e12, 2),
+            "peak_tflops": round(peak / 1e12, 2),
+            **asdict(shape),
+        }
         report(f"kernels.matmul_share_{part}", reached / peak, "share", f"torch.mm of {MATMUL} cubed", **settings)
 
 
@@ -180,7 +185,12 @@ def bandwidth_share(layer: Layer, shape: Shape) -> None:
     }
     for name, (call, moved) in calls.items():
         reached = moved / seconds_of(synchronized(call))
-        settings = {"peer_value": 1.0, "gb_s": reached / 1e9, "copy_gb_s": copied / 1e9, **asdict(shape)}
+        settings = {
+            "peer_value": 1.0,
+            "gb_s": round(reached / 1e9, 1),
+            "copy_gb_s": round(copied / 1e9, 1),
+            **asdict(shape),
+        }
         report(f"kernels.{name}_bandwidth_share", reached / copied, "share", "torch copy of the rows", **settings)
 
 

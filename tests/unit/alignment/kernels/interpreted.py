@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 
-os.environ |= {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}
+os.environ |= {"TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 from collections.abc import Callable, Sequence
 from functools import partial
