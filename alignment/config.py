@@ -181,6 +181,7 @@ class ModelConfig(Config):
     preset: str | None = Field(None, description="a name in configs/models, for fresh random weights")
     tokenizer: str | None = Field(None, description="a tokenizer folder or hub id; default: the one of `path`")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    kernels: Literal["auto", "torch"] = Field("auto", description="auto: fused where this machine can; torch: none")
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

@@ -67,7 +67,7 @@ def examine() -> list[Check]:
         vllm(),
         *conflicts(),
         attention(),
-        experts(),
+        *kernels(),
         expert_parallelism(),
     ]
 
@@ -248,21 +248,13 @@ def attention() -> Check:
     return Check("Attention", "ok", f"{SEGMENTS}: {kernel}, once a packed sample")
 
 
-def experts() -> Check:
-    """Which implementation transformers picks for the routed experts."""
+def kernels() -> list[Check]:
+    """Which implementation each operation of a model takes with `kernels: auto`, and why not the fused one."""
     try:
-        import torch
-
-        from alignment.models import on_meta, preset_config
-
-        chosen = on_meta(preset_config("compass-tiny")).config._experts_implementation
-    except (*BROKEN, UserError) as error:
-        return Check("Experts", "wrong", f"the model cannot be built: {error}", SETUP)
-    if chosen != "grouped_mm":
-        return Check("Experts", "note", f"{chosen}: one matrix product after the other, slow")
-    if not hasattr(torch.nn.functional, "grouped_mm"):
-        return Check("Experts", "note", "grouped_mm, but this torch has no kernel for it: a loop stands in", SETUP)
-    return Check("Experts", "ok", "grouped_mm: one kernel for all experts of a layer")
+        from alignment.kernels.choices import choices
+    except BROKEN as error:
+        return [Check("Kernels", "wrong", f"cannot be imported: {error}", SETUP)]
+    return [Check(f"Kernel: {choice.operation}", "ok", choice.detail) for choice in choices()]
 
 
 def expert_parallelism() -> Check:

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from alignment.config import Config, ModelConfig, load_config
 from alignment.errors import UserError, did_you_mean
+from alignment.kernels.model import use_kernels
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
@@ -119,14 +120,14 @@ def load_tokenizer(source: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(
     source: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, **options: Any
 ) -> PreTrainedModel:
-    """A causal language model: the weights of `path`, or fresh ones of `preset` drawn from `seed`.
+    """A causal language model with its kernels: the weights of `path`, or fresh ones of `preset` drawn from `seed`.
 
     Fresh weights take their vocabulary and stop token from the tokenizer.
     """
     check_model(source)
     dtype = getattr(torch, source.dtype)
     if source.path is not None:
-        return load_pretrained(AutoModelForCausalLM, source, dtype=dtype, **options)
+        return use_kernels(load_pretrained(AutoModelForCausalLM, source, dtype=dtype, **options), source.kernels)
     config = preset_config(
         str(source.preset),
         vocab_size=len(tokenizer),
@@ -136,7 +137,7 @@ def load_model(
     )
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return model
+    return use_kernels(model, source.kernels)
 
 
 def load_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> PreTrainedModel:

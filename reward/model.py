@@ -27,6 +27,7 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeP
 
 from alignment.config import ModelConfig
 from alignment.errors import UserError
+from alignment.kernels.model import use_kernels
 from alignment.models import LOADING_FAULTS, check_model, freeze_correction_bias
 
 HEAD = "score.weight"
@@ -113,7 +114,7 @@ def load_reward_model(source: ModelConfig, tokenizer: PreTrainedTokenizerBase, *
         head = model.get_parameter(HEAD)
         head.data.copy_(torch.empty(head.shape).normal_(std=config.initializer_range, generator=generator))
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return use_kernels(model, source.kernels)
 
 
 def load_trained_reward_model(folder: Path, **options: Any) -> PreTrainedModel:

@@ -49,7 +49,8 @@ def test_this_machine_is_ready_and_every_check_has_its_line() -> None:
     )
     found = {check.name: check.detail for check in checks}
     assert found["torch"] == importlib.metadata.version("torch")
-    assert found["Experts"].startswith("grouped_mm")
+    assert found["Kernel: Expert GEMM"] == "torch grouped_mm"
+    assert {"Kernel: RMSNorm", "Kernel: RoPE", "Kernel: SwiGLU", "Kernel: Cross-entropy"} <= set(names)
     assert found["Expert parallelism"].startswith(f"DeepSpeed AutoEP {autoep.DEEPSPEED_VERSION}")
     assert found["Attention"].startswith("segments")
     assert all(check.remedy for check in checks if check.status == "wrong")
@@ -187,8 +188,9 @@ def test_other_deepspeed_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_broken_torch_is_a_finding_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    checks = [doctor.accelerator(), doctor.attention(), doctor.experts(), doctor.expert_parallelism()]
+    for name in ("torch", "alignment.kernels.choices"):
+        monkeypatch.setitem(sys.modules, name, None)
+    checks = [doctor.accelerator(), doctor.attention(), *doctor.kernels(), doctor.expert_parallelism()]
     assert [check.status for check in checks] == ["wrong"] * 4
     assert "cannot be imported" in checks[0].detail
 

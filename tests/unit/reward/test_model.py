@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from alignment.config import ModelConfig
 from alignment.errors import UserError
+from alignment.kernels.experts import FUSED
 from reward.model import ScalarHead, load_reward_model, load_trained_reward_model
 
 SEQUENCES = ([7, 8, 9, 2], [11, 12, 13, 14, 15, 16, 2], [21, 2])
@@ -128,3 +129,9 @@ def test_a_head_of_two_outputs_is_refused(reward_folder: Path, tmp_path: Path) -
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="2 outputs, expected 1"):
         load_trained_reward_model(tmp_path / "two")
+
+
+def test_the_config_chooses_the_kernels(tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    sources = [ModelConfig(path=str(tiny_model_folder)), ModelConfig(path=str(tiny_model_folder), kernels="torch")]
+    loaded = [load_reward_model(source, tiny_tokenizer, seed=0) for source in sources]
+    assert [model.config._experts_implementation for model in loaded] == [FUSED, "grouped_mm"]

@@ -1,0 +1,51 @@
+"""Which implementation each operation takes here, and why not another one."""
+
+from dataclasses import dataclass
+
+from alignment.kernels.device import why_no_triton
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `kernels: auto` runs for an operation; `instead_of` is the fused one that cannot run."""
+
+    operation: str
+    implementation: str
+    instead_of: str = ""
+    reason: str = ""
+
+    @property
+    def detail(self) -> str:
+        return f"{self.implementation}, not {self.instead_of}: {self.reason}" if self.reason else self.implementation
+
+
+# operation, fused, what stands in where Triton cannot run
+TABLE = (
+    ("RMSNorm", "Liger", "torch"),
+    ("RoPE", "a Triton kernel of ours", "torch"),
+    ("SwiGLU", "DeepSpeed", "torch"),
+    ("Cross-entropy", "TRL's chunked LM head on Triton", "TRL's chunked LM head in torch"),
+    ("Expert GEMM", "torch grouped_mm", "torch grouped_mm"),
+    ("Token permute", "torch gather, backward by DeepSpeed", "torch gather, backward by slots"),
+    ("Token restore", "DeepSpeed", "torch, by slots"),
+)
+
+
+def choices() -> list[Choice]:
+    """One for each operation."""
+    reason = why_no_triton()
+    if reason is None:
+        return [Choice(operation, fused) for operation, fused, _ in TABLE]
+    return [
+        Choice(operation, torch) if fused == torch else Choice(operation, torch, fused, reason)
+        for operation, fused, torch in TABLE
+    ]
+
+
+def autoep_options() -> dict[str, str]:
+    """What `expert_parallel` of a DeepSpeed config should say besides its size, for this machine.
+
+    `gate_up_impl` stays as it is: "fused" joins the weights of gate and up anew in every call, and nobody has measured
+    whether the larger GEMM is worth it.
+    """
+    return {} if why_no_triton() else {"combine_impl": "fused_weighted_sum"}
