@@ -1,4 +1,4 @@
-"""One rank of a test: trains LoRA adapters case after case, with a real Trainer, and records each to OUT/CASE/rank*.pt."""
+"""One rank of a test: trains LoRA adapters, case after case, with a real Trainer, and records OUT/CASE/rank*.pt."""
 
 import json
 import os
@@ -21,11 +21,12 @@ STEPS = 5
 SAVED_AT = 3
 
 
-def deepspeed_config(folder: Path, stage: int) -> str:
-    """The repository's config of two ranks with another ZeRO stage."""
+def deepspeed_config(folder: Path, stage: int, bf16: bool) -> str:
+    """The repository's config of two ranks with another ZeRO stage or dtype."""
     config = json.loads(Path("configs/deepspeed/zero1-ep2.json").read_text())
     config["zero_optimization"]["stage"] = stage
-    path = folder / f"zero{stage}-{os.environ['RANK']}.json"
+    config["bf16"]["enabled"] = bf16
+    path = folder / f"deepspeed-{os.environ['RANK']}.json"
     path.write_text(json.dumps(config))
     return str(path)
 
@@ -36,12 +37,13 @@ def trainer(folder: Path, base: Path, dtype: str, lora: LoraConfig | None = None
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"), max_steps=STEPS, learning_rate=1e-2, adam_epsilon=1e-4,
+        output_dir=str(folder / "checkpoints"), max_steps=STEPS, learning_rate=1e-2, adam_epsilon=1e-5,
         per_device_train_batch_size=8 if ranks == 1 else 2, gradient_accumulation_steps=ranks, max_grad_norm=0.1,
         lr_scheduler_type="linear", logging_steps=1, save_strategy="steps", save_steps=SAVED_AT, seed=3,
         ddp_backend=ddp_backend(), average_tokens_across_devices=True, report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, dataloader_pin_memory=False, bf16=dtype == "bfloat16",
+        remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
+    arguments.bf16 = dtype == "bfloat16"  # its own check wants a GPU for it
     config = lora or adapters.peft_config(LoRAConfig(rank=4, alpha=8), model)
     return TinyTrainer(
         model=get_peft_model(model, config), args=arguments, train_dataset=rows(64), data_collator=collate
@@ -83,7 +85,9 @@ def run(case: dict[str, Any], out: Path) -> Any:
     base = out / case.get("base", "ernie")
     if "WORLD_SIZE" in os.environ:
         AcceleratorState._reset_state()
-        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed_config(folder, case.get("stage", 1))
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed_config(
+            folder, case.get("stage", 1), case.get("dtype") == "bfloat16"
+        )
     if "refused" in case:
         lora = LoraConfig(target_parameters=case["refused"], target_modules=[]) if case["refused"] else None
         return refusal(folder, base, lora)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, PreTrainedTokenizerFast, Qwen2MoeConfig
 
 from alignment.adapters import merge_adapter
 from alignment.config import ModelConfig
@@ -26,9 +26,7 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.2, "tie_word_embeddings": True,
 }  # fmt: skip
 BASES = {
-    "ernie": Ernie4_5_MoeConfig(
-        **SHAPE, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1
-    ),
+    "ernie": Ernie4_5_MoeConfig(**SHAPE, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
     "qwen2": Qwen2MoeConfig(
         **SHAPE, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=16, decoder_sparse_step=1
     ),
@@ -79,12 +77,13 @@ def adapter(runs: Path, case: str) -> dict[str, torch.Tensor]:
     return load_file(runs / case / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize(("case", "single"), [("zero0", "one"), ("zero1", "one"), ("zero2", "one"), ("qwen", "one_qwen")])
+@pytest.mark.parametrize(
+    ("case", "single"), [("zero0", "one"), ("zero1", "one"), ("zero2", "one"), ("qwen", "one_qwen")]
+)
 def test_two_ranks_train_an_adapter_as_one_process_does(runs: Path, case: str, single: str) -> None:
     """Names too: Qwen2's `shared_expert` is `shared_experts` inside AutoEP. Both matrices of every pair have moved."""
     one, two = record(runs, single), record(runs, case)
     assert len(one["losses"]) == STEPS
-    assert one["losses"][-1] < one["losses"][0] - 0.1
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     if case != "zero0":  # where DeepSpeed clips, but reports no norm
         assert two["grad_norms"] == pytest.approx(one["grad_norms"], abs=1e-5)
@@ -97,19 +96,19 @@ def test_two_ranks_train_an_adapter_as_one_process_does(runs: Path, case: str, s
 
 @pytest.mark.parametrize(("case", "base"), [("zero1", "ernie"), ("qwen", "qwen2"), ("bf16", "ernie")])
 def test_plain_peft_loads_the_adapter_and_answers_as_the_engine(runs: Path, case: str, base: str) -> None:
-    dtype = torch.bfloat16 if case == "bf16" else torch.float32
+    """In bfloat16 to the bit, if peft keeps the adapter in it as the engine did; by default it widens it."""
     engine = record(runs, case)
+    dtype = torch.bfloat16 if case == "bf16" else torch.float32
     plain = AutoModelForCausalLM.from_pretrained(runs / base, dtype=dtype).eval()
     inputs = {key: engine["probe"][key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         before = plain(**inputs).logits
-        loaded = PeftModel.from_pretrained(plain, runs / case / "adapter").eval()
+        loaded = PeftModel.from_pretrained(plain, runs / case / "adapter", autocast_adapter_dtype=False).eval()
         outputs = loaded(**inputs, output_router_logits=True)
-    tolerance = 0.05 if case == "bf16" else 1e-5
     assert (before - outputs.logits).abs().max() > 0.3, "the adapter does something"
-    torch.testing.assert_close(outputs.logits, engine["logits"], rtol=0, atol=tolerance)
-    torch.testing.assert_close(outputs.router_logits, engine["router_logits"], rtol=0, atol=tolerance)
-    torch.testing.assert_close(record(runs, case, rank=1)["logits"], engine["logits"], rtol=0, atol=tolerance)
+    torch.testing.assert_close(outputs.logits, engine["logits"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(outputs.router_logits, engine["router_logits"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(record(runs, case, rank=1)["logits"], engine["logits"], rtol=0, atol=1e-5)
 
 
 def test_a_resumed_adapter_ends_with_the_same_bits(runs: Path) -> None:
@@ -126,10 +125,12 @@ def test_checkpoints_hold_the_adapter_alone(runs: Path) -> None:
     assert not [path.name for path in checkpoint.rglob("*expert*")]
     (state,) = checkpoint.rglob("mp_rank_00_model_states.pt")
     module = torch.load(state, weights_only=False)["module"]
-    assert module and all("lora_" in name for name in module)
+    assert not [name for name in module if ".experts." in name]
+    assert set(saved) <= {name.replace(".default.", ".") for name in module}
 
 
-def test_an_adapter_of_two_ranks_merges(runs: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_two_ranks_merges(runs: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    tiny_tokenizer.save_pretrained(runs / "ernie")
     merge_adapter(ModelConfig(path=str(runs / "ernie")), runs / "zero1" / "adapter", tmp_path / "merged")
 
 
