@@ -32,13 +32,14 @@ def deepspeed_config(folder: Path, stage: int, bf16: bool) -> str:
 
 
 def trainer(folder: Path, base: Path, dtype: str, lora: LoraConfig | None = None) -> TinyTrainer:
-    """A trainer of 8 rows a step: in one batch on one process, on two ranks in two batches each."""
+    """A trainer of 8 rows a step: in one batch on one process, on two ranks in two of two rows each."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = 8 if ranks == 1 else 2
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"), max_steps=STEPS, learning_rate=1e-2, adam_epsilon=1e-5,
-        per_device_train_batch_size=8 if ranks == 1 else 2, gradient_accumulation_steps=ranks, max_grad_norm=0.1,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=8 // batch // ranks, max_grad_norm=0.1,
         lr_scheduler_type="linear", logging_steps=1, save_strategy="steps", save_steps=SAVED_AT, seed=3,
         ddp_backend=ddp_backend(), average_tokens_across_devices=True, report_to=[], disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
