@@ -4,7 +4,6 @@ An adapter's folder is peft's own: `PeftModel.from_pretrained(base, folder)` loa
 besides is in `alignment.moe.adapters`.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from alignment import models
 from alignment.atomic import replacing_folder
 from alignment.config import LoRAConfig, ModelConfig
 from alignment.errors import UserError, did_you_mean
-
-logger = logging.getLogger(__name__)
 
 # In a model with routed experts peft 0.21 takes these names for the experts' stacked weights, which once bore them, and
 # adapts every expert. A projection of that name in a dense layer or shared expert has to be named by its weight.
@@ -60,7 +57,7 @@ def peft_config(lora: LoRAConfig, model: PreTrainedModel) -> LoraConfig:
         if not _named(target, linear):
             _check_named(target, stacks, linear)
             weights.append(target)
-        elif stacks and target.endswith(TAKEN_FOR_EXPERTS):
+        elif stacks and target.rpartition(".")[2] in TAKEN_FOR_EXPERTS:
             weights.append(f"{target}.weight")
         else:
             modules.append(target)
@@ -117,7 +114,8 @@ def merge_adapter(base: ModelConfig, adapter: Path, out: Path) -> Gap:
         merged.save_pretrained(folder)
         models.load_tokenizer(_with_tokenizer(base, adapter)).save_pretrained(folder)
         del model, merged  # two copies of a large model may not fit
-        reloaded = models.load_pretrained(AutoModelForCausalLM, ModelConfig(path=str(folder)), dtype="auto")
+        written = base.model_copy(update={"path": str(folder)})
+        reloaded = models.load_pretrained(AutoModelForCausalLM, written, dtype="auto")
         gap_BTV = (_logprobs(reloaded, ids_BT) - expected_BTV).abs()
         gap = Gap(gap_BTV.max().item(), gap_BTV.mean().item())
         if not gap.mean <= GATES[reloaded.dtype]:
@@ -143,11 +141,11 @@ def _with_adapter(base: ModelConfig, adapter: Path) -> PeftModel:
         adapted = PeftModel.from_pretrained(model, str(adapter))
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{adapter}: not an adapter of {base.path}: {str(error).splitlines()[0]}") from None
-    if (
-        other := get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        ^ load_file(adapter / WEIGHTS).keys()
-    ):
-        raise UserError(f"{adapter}: not an adapter of {base.path}: {', '.join(sorted(other)[:3])}")
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if other := expected.keys() ^ load_file(adapter / WEIGHTS).keys():
+        raise UserError(
+            f"{adapter}: not an adapter of {base.path}: missing or left over: {', '.join(sorted(other)[:3])}"
+        )
     return adapted.eval()
 
 
