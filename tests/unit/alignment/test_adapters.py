@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from transformers import Ernie4_5_MoeForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -166,7 +166,7 @@ def test_a_merge_that_lost_the_adapter_is_caught(
 ) -> None:
     base, out = ModelConfig(path=str(tiny_model_folder)), tmp_path / "merged"
     assert merge_adapter(base, adapter, out).mean < 1e-5
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload())
+    monkeypatch.setattr(LoraModel, "merge_and_unload", lambda self, **_: self.unload())
     with pytest.raises(AdapterError, match="log-probabilities differ"):
         merge_adapter(base, adapter, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
