@@ -102,6 +102,23 @@ def doctor() -> None:
     _end(command)
 
 
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="the model folder or hub id that the adapter was trained on")],
+    adapter: Annotated[Path, typer.Argument(help="an adapter's folder")],
+    out: Annotated[Path, typer.Argument(help="the model folder to write")],
+) -> None:
+    """Merge an adapter into its base, and check that the new folder answers as the two do together."""
+
+    def command() -> None:
+        from alignment import adapters
+
+        gap = adapters.merge_folders(base, adapter, out)
+        typer.echo(f"{out}: log-probabilities differ by {gap.max:.1e} at most, {gap.mean:.1e} on average")
+
+    _end(command)
+
+
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def evaluate(context: typer.Context) -> None:
     """Accuracy of a model on prompts with answers. Takes what a job takes: --config FILE key=value ... --dry-run."""

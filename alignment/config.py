@@ -223,6 +223,18 @@ class TrainingConfig(Config):
     log_steps: int = Field(10, ge=1)
 
 
+class LoRAConfig(Config):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021, LoRA, arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="what an adapter adds is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | None = Field(
+        None, min_length=1, description="ends of module names, as q_proj; default: attention, dense and shared experts"
+    )
+    merge: bool = Field(True, description="also write the merged model, an ordinary folder")
+
+
 class SamplingConfig(Config):
     """How answers are drawn from a model."""
 

@@ -1,10 +1,10 @@
 """Configuration of supervised fine-tuning. Imports no torch."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from alignment.config import Config, JobConfig, ModelConfig, TrainingConfig
+from alignment.config import Config, JobConfig, LoRAConfig, ModelConfig, TrainingConfig
 
 
 class SourceConfig(Config):
@@ -28,3 +28,10 @@ class SFTConfig(JobConfig):
     sources: list[SourceConfig] = Field(min_length=1)
     packing: PackingConfig = PackingConfig()
     training: TrainingConfig
+    lora: LoRAConfig | None = Field(None, description="train an adapter instead of the weights")
+
+    @model_validator(mode="after")
+    def _base_of_the_adapter(self) -> Self:
+        if self.lora is not None and self.model.path is None:
+            raise ValueError("lora: an adapter needs a trained base, 'model.path'; a preset's weights are random")
+        return self

@@ -3,7 +3,8 @@
     accelerate launch --config_file configs/accelerate/cpu-ep2.yaml -m sft.train --config configs/sft/demo.yaml
     python -m sft.train --config configs/sft/demo.yaml --dry-run
 
-Writes `output_dir/model` (a transformers folder) and `ledger.json`, which accounts for every row and token.
+Writes `output_dir/model` (a transformers folder) and `ledger.json`, which accounts for every row and token. With a
+section `lora` also `output_dir/adapter` (a peft folder), and `model` is the base with the adapter merged into it.
 """
 
 from collections.abc import Sequence, Sized
@@ -14,10 +15,11 @@ from torch.utils.data import SequentialSampler
 from trl.trainer.sft_config import SFTConfig as TRLConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from alignment import attention, job, models, training
+from alignment import adapters, attention, job, models, training
 from alignment.ledger import Ledger
+from alignment.moe.adapters import check_adapter
 from alignment.moe.router_trainer import RouterLossMixin
-from alignment.moe.trainer import ExpertParallelTrainerMixin
+from alignment.moe.trainer import ExpertParallelTrainerMixin, expert_parallel_size
 from alignment.rows import first_rows, local_inputs
 from sft import data
 from sft.config import SFTConfig
@@ -59,9 +61,10 @@ def run(config: SFTConfig) -> None:
             data_collator=data.collate,
             processing_class=tokenizer,
             router=config.training.router,
+            peft_config=adapters.peft_config(config.lora, model) if config.lora else None,
         )
         metrics = training.train(trainer, this)
-        trainer.save_model(str(this.dir / "model"))
+        _save(trainer, this, config)
         if this.is_main:
             ledger.write(this.dir / "ledger.json")
         this.finish(
@@ -69,6 +72,16 @@ def run(config: SFTConfig) -> None:
             | {"packing.utilisation": utilisation, "packing.packs": len(packs)}
             | {f"rows.{key}": value for key, value in ledger.as_dict().items() if isinstance(value, int)}
         )
+
+
+def _save(trainer: PackedSFTTrainer, this: job.Job, config: SFTConfig) -> None:
+    if config.lora is None:
+        trainer.save_model(str(this.dir / "model"))
+        return
+    trainer.save_model(str(this.dir / "adapter"))
+    if config.lora.merge and this.is_main:
+        gap = adapters.merge_adapter(config.model, this.dir / "adapter", this.dir / "model")
+        print(f"sft.train: merged; log-probabilities differ by {gap.max:.1e} at most, {gap.mean:.1e} on average")
 
 
 def _arguments(this: job.Job, config: SFTConfig) -> TRLConfig:
@@ -94,10 +107,21 @@ def plan(config: SFTConfig) -> list[str]:
     packs = training.world_size() * config.training.accumulation
     return [
         f"model: {config.model.path or config.model.preset}",
+        *_plan_adapter(config),
         f"rows: {', '.join(s.rows for s in config.sources)}",
         f"step: {packs} packs of {config.packing.capacity} tokens = {packs * config.packing.capacity} tokens",
         *memory,
     ]
+
+
+def _plan_adapter(config: SFTConfig) -> list[str]:
+    if config.lora is None:
+        return []
+    model = adapters.on_meta(config.lora, config.model)
+    if expert_parallel_size() > 1:
+        check_adapter(model)
+    trained, total = model.get_nb_trainable_parameters()
+    return [f"adapter: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 
 from alignment.errors import UserError
+from alignment.moe import adapters
 from alignment.moe.autoep import (
     autoep_layers,
     check_model,
@@ -64,6 +66,8 @@ class ExpertParallelTrainerMixin(Trainer):
         super().__init__(*args, **kwargs)
         if self.expert_parallel_size > 1:
             self._check_launch()
+            if isinstance(self.model, PeftModel):
+                adapters.prepare(self.model, self.accelerator.state.deepspeed_plugin.zero_stage)
             check_model(self._module, self.expert_parallel_size, self.args.world_size)
             freeze_correction_bias(self._module)
 
@@ -99,11 +103,14 @@ class ExpertParallelTrainerMixin(Trainer):
         self.model.load_state_dict(saved.state_dict())
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model to a Hugging Face folder; collective under expert parallelism."""
+        """Save the whole model to a Hugging Face folder, or its adapter; collective under expert parallelism."""
         if not any(autoep_layers(self._module)):
             super().save_model(output_dir, _internal_call)
             return
         folder = output_dir or cast(str, self.args.output_dir)
-        export_model(self._module, Path(folder))
+        if isinstance(self.model, PeftModel):
+            adapters.save_adapter(self.model, Path(folder))
+        else:
+            export_model(self._module, Path(folder))
         if self.args.should_save and self.processing_class is not None:
             cast(Any, self.processing_class).save_pretrained(folder)
