@@ -7,6 +7,7 @@ are single bytes, and a second claim leaves out `Dataset.map`, so that what is l
 """
 
 import random
+from typing import Any
 
 import datasets
 import numpy as np
@@ -48,7 +49,12 @@ def main() -> None:
 
     plan, packed = ours(), theirs()
     check(plan, lengths)
-    settings = {"samples": SAMPLES, "mean": round(sum(lengths) / SAMPLES), "sigma": SIGMA, "capacity": CAPACITY}
+    settings: dict[str, Any] = {
+        "samples": SAMPLES,
+        "mean": round(sum(lengths) / SAMPLES),
+        "sigma": SIGMA,
+        "capacity": CAPACITY,
+    }
     speedup("packing.speedup_trl_200k", "trl 1.16 pack_dataset", in_turns(ours, theirs, ROUNDS), ROUNDS, **settings)
     in_memory = in_turns(ours, lambda: [_pack_bfd(table, CAPACITY) for table in tables], ROUNDS)
     speedup("packing.speedup_trl_bfd_200k", "trl 1.16 _pack_bfd, in memory", in_memory, ROUNDS, **settings)
