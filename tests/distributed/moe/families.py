@@ -65,9 +65,7 @@ def gate_error(engine: Any, ids: torch.Tensor) -> float:
         exact = inputs[0].double() @ gate.weight.double().T
         errors.append((logits - exact).abs().max().item() if logits.dtype == torch.float32 else float("inf"))
 
-    hooks = [
-        cast(Any, layer).router.gate.register_forward_hook(compare) for _, layer in autoep_layers(engine.module)
-    ]
+    hooks = [cast(Any, layer).router.gate.register_forward_hook(compare) for _, layer in autoep_layers(engine.module)]
     with torch.no_grad():
         engine(input_ids=ids)
     for hook in hooks:

@@ -1,7 +1,7 @@
 """One rank of a test: many parallel layouts in one launch, each against one process without DeepSpeed.
 
-A step is two micro-batches of four rows. The rows are hard on an expert-parallel layout: they differ in length, so ranks
-get unequal numbers of tokens; one is padding from end to end; one layer's gate sends every token to the same two
+A step is two micro-batches of four rows. They are hard on an expert-parallel layout: the rows differ in length, so
+ranks get unequal numbers of tokens; one is padding from end to end; one layer sends every token to the same two
 experts, so the others get none.
 
 Writes OUT/layouts{rank}.json: for each layout the largest differences from the reference, of losses, of every gradient
@@ -97,8 +97,8 @@ def summed_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def reference(dtype: torch.dtype) -> Trace:
-    """One process, no DeepSpeed: AdamW on float32 masters, gradients of the `dtype` model summed in float32."""
-    masters = make_model()
+    """One process, no DeepSpeed: AdamW on float32 copies of `dtype` weights, gradients summed in float32."""
+    masters = make_model().to(dtype).float()
     model = make_model().to(dtype)
     optimizer = torch.optim.AdamW([p for p in masters.parameters() if p.requires_grad], **ADAM)
     trace = Trace([], [], [], {})
@@ -195,19 +195,25 @@ def parallel(layout: Layout) -> Trace:
 
 
 def difference(found: Trace, expected: Trace) -> dict[str, float]:
+    """The largest differences over steps and tensors; `drift` is that of the last weights over how far they moved."""
+
     def largest(left: Weights, right: Weights) -> float:
         assert left.keys() == right.keys(), sorted(left.keys() ^ right.keys())
         return max((left[name] - right[name]).abs().max().item() for name in left)
 
-    def relative(left: Weights, right: Weights) -> float:
-        return max(((left[n] - right[n]).norm() / right[n].norm().clamp_min(1e-3)).item() for n in left)
+    def distance(left: Weights, right: Weights) -> float:
+        return float(torch.stack([(left[name] - right[name]).norm() for name in left]).norm())
 
+    initial = dict(make_model().named_parameters())
+    zero = {name: torch.zeros(()) for name in expected.gradients[0]}
     return {
         "losses": max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)),
         "gradients": max(largest(a, b) for a, b in zip(found.gradients, expected.gradients, strict=True)),
-        "first_gradients_relative": relative(found.gradients[0], expected.gradients[0]),
         "norms": max(abs(a - b) for a, b in zip(found.norms, expected.norms, strict=True)),
         "weights": largest(found.weights, expected.weights),
+        "first_gradients": distance(found.gradients[0], expected.gradients[0]) / distance(expected.gradients[0], zero),
+        "first_norm": abs(found.norms[0] - expected.norms[0]) / expected.norms[0],
+        "drift": distance(found.weights, expected.weights) / distance(expected.weights, initial),
     }
 
 
