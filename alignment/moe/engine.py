@@ -36,6 +36,20 @@ def prepare_engine(engine: Any) -> None:
         engine.clip_fp32_gradients = lambda: clip_gradients(engine)
 
 
+def mend_universal_load(engine: Any) -> None:
+    """Put right what loading a universal checkpoint leaves wrong in DeepSpeed 0.19.8.
+
+    At ZeRO 3 all groups of parameters share one step counter, which then counts every group's step; and the groups of
+    experts bear the name that they had in the old layout.
+    """
+    layer: Any = next(layer for _, layer in autoep_layers(engine.module))
+    for group in engine.basic_optimizer.param_groups:
+        if group.get("moe"):
+            group["name"] = layer.ep_group_name
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = torch.as_tensor(state["step"]).clone()
+
+
 def check_expert_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise UserError where experts train but no group of the optimizer is marked as experts (`moe`)."""
     experts = [p for _, layer in autoep_layers(model) for p in layer.get_submodule("experts").parameters()]

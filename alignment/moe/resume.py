@@ -20,7 +20,6 @@ from alignment.errors import UserError
 from alignment.moe.config import expert_parallel_size, launcher_config, zero_stage
 
 FILE = "layout.json"
-CONVERTED_STAGES = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -94,9 +93,9 @@ def check_change(saved: Layout, present: Layout, checkpoint: Path) -> None:
         raise UserError(f"{checkpoint}: saved on {saved}; resume with the same ZeRO stage, not on {present}")
     if saved.zero_stage is None:
         return
-    if saved.zero_stage not in CONVERTED_STAGES:
+    if saved.zero_stage == 0:
         raise UserError(
-            f"{checkpoint}: saved on {saved}: DeepSpeed changes the layout of ZeRO 1 and 2 only\n"
+            f"{checkpoint}: saved on {saved}: DeepSpeed cannot convert what ZeRO 0 saves\n"
             f"resume on the same layout, not on {present}"
         )
     if not (saved.expert_parallel_size and present.expert_parallel_size):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 from alignment.errors import UserError
 from alignment.moe.autoep import autoep_layers, check_model, freeze_correction_bias, install_ernie_preset
 from alignment.moe.config import check_launcher_config, check_precision, expert_parallel_size
-from alignment.moe.engine import prepare_engine, refusal
+from alignment.moe.engine import mend_universal_load, prepare_engine, refusal
 from alignment.moe.export import export_model
 from alignment.moe.resume import Layout
 
@@ -103,8 +103,9 @@ class ExpertParallelTrainerMixin(Trainer):
             engine = cast(Any, self).deepspeed
             prepare_engine(engine)
             cast(Any, self.accelerator).get_state_dict = refusal("accelerator.get_state_dict")
-            # A checkpoint that was converted for this layout has been read; those written from now on need no detour.
-            engine._config.load_universal_checkpoint = False
+            if engine.load_universal_checkpoint():
+                mend_universal_load(engine)
+                engine._config.load_universal_checkpoint = False  # those saved from now on are of this layout
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
