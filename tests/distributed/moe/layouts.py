@@ -1,19 +1,13 @@
-"""One rank of a test: many parallel layouts in one launch, each against one process without DeepSpeed.
+"""Many parallel layouts in one launch, each against one process without DeepSpeed; trainers.py runs it.
 
 A step is two micro-batches of four rows. They are hard on an expert-parallel layout: the rows differ in length, so
 ranks get unequal numbers of tokens; one is padding from end to end; one layer sends every token to the same two
 experts, so the others get none.
-
-Writes OUT/layouts{rank}.json: for each layout the largest differences from the reference, of losses, of every gradient
-of every step, of gradient norms and of every parameter after the last step.
 """
 
-import argparse
 import gc
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -22,8 +16,8 @@ import torch.distributed as dist
 from torch.nn import functional
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedModel
 
-from alignment.moe.autoep import autoep_layers, check_replaced, freeze_correction_bias, install_ernie_preset
-from alignment.moe.trainer import ddp_backend
+from alignment.moe.autoep import autoep_layers, freeze_correction_bias
+from alignment.moe.engine import prepare_engine
 
 STEPS, MICRO, ROWS, WIDTH, VOCAB = 5, 2, 4, 12, 48
 LR, CLIP = 1e-3, 0.1
@@ -53,12 +47,14 @@ class Trace:
     weights: Weights
 
 
-def layouts(world: int) -> list[Layout]:
-    sizes = [1, 2] if world == 2 else [2, 4]
-    fp32 = [Layout(ep, zero) for ep in sizes for zero in range(4)]
-    bf16 = [Layout(sizes[-1], zero, "bfloat16") for zero in range(4)]
-    checkpointed = [Layout(sizes[-1], zero, checkpointing=True) for zero in (1, 3)]
-    return fp32 + bf16 + checkpointed
+def layouts() -> list[Layout]:
+    """What is run on the ranks of this launch: two, or four."""
+    if dist.get_world_size() == 2:
+        fp32 = [Layout(ep, zero) for ep in (1, 2) for zero in range(4)]
+        bf16 = [Layout(2, zero, "bfloat16") for zero in (1, 2, 3)]
+        return [*fp32, *bf16, Layout(2, 1, checkpointing=True)]
+    fp32 = [Layout(ep, zero) for ep in (2, 4) for zero in range(4)]
+    return [*fp32, Layout(2, 1, "bfloat16"), Layout(4, 3, checkpointing=True)]
 
 
 def make_model() -> PreTrainedModel:
@@ -171,7 +167,7 @@ def parallel(layout: Layout) -> Trace:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=ds_config(layout)
     )
-    check_replaced(model)
+    prepare_engine(engine)
     engine.train()
     trace = Trace([], [], [], {})
     for step in range(STEPS):
@@ -186,7 +182,7 @@ def parallel(layout: Layout) -> Trace:
             engine.step()
         dist.all_reduce(total)
         trace.losses.append(total.item())
-        trace.norms.append(float(engine.get_global_grad_norm() or float("nan")))
+        trace.norms.append(float(engine.get_global_grad_norm()))
     trace.weights = trainable_by_hf_name(model, parameter_value)
     engine.destroy()
     del engine, model
@@ -195,7 +191,10 @@ def parallel(layout: Layout) -> Trace:
 
 
 def difference(found: Trace, expected: Trace) -> dict[str, float]:
-    """The largest differences over steps and tensors; `drift` is that of the last weights over how far they moved."""
+    """The largest absolute differences over steps and tensors; the last three are shares.
+
+    Of the first step's gradient and its norm, and `drift`: of how far the weights have moved in all steps.
+    """
 
     def largest(left: Weights, right: Weights) -> float:
         assert left.keys() == right.keys(), sorted(left.keys() ^ right.keys())
@@ -204,7 +203,7 @@ def difference(found: Trace, expected: Trace) -> dict[str, float]:
     def distance(left: Weights, right: Weights) -> float:
         return float(torch.stack([(left[name] - right[name]).norm() for name in left]).norm())
 
-    initial = dict(make_model().named_parameters())
+    initial = make_model().state_dict()
     zero = {name: torch.zeros(()) for name in expected.gradients[0]}
     return {
         "losses": max(abs(a - b) for a, b in zip(found.losses, expected.losses, strict=True)),
@@ -217,24 +216,9 @@ def difference(found: Trace, expected: Trace) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
-    ddp_backend()
-    deepspeed.init_distributed(dist_backend="gloo")
-    install_ernie_preset()
+def measure() -> dict[str, dict[str, float]]:
+    """Every layout of this launch against its reference, by name; collective."""
     references = {name: reference(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    results = {}
-    for layout in layouts(dist.get_world_size()):
-        if options.only in layout.name:
-            expected = references[layout.dtype]
-            results[layout.name] = asdict(layout) | difference(parallel(layout), expected)
-    (options.out / f"layouts{dist.get_rank()}.json").write_text(json.dumps(results, indent=1))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    found = {layout.name: difference(parallel(layout), references[layout.dtype]) for layout in layouts()}
+    found["bfloat16 reference"] = difference(references["bfloat16"], references["float32"])
+    return found

@@ -1,4 +1,4 @@
-"""One rank of a test: many real Trainer runs in one launch, each on a DeepSpeed config of its own.
+"""One rank of a test: engines and real Trainer runs, many in one launch, each on a DeepSpeed config of its own.
 
     accelerate launch ... trainers.py OUT CASE...
 
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import deepspeed
+import layouts
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -27,6 +29,7 @@ from alignment import training
 from alignment.config import JobConfig, TrainingConfig
 from alignment.errors import UserError
 from alignment.job import Job
+from alignment.moe.autoep import install_ernie_preset
 from alignment.moe.trainer import ExpertParallelTrainerMixin, ddp_backend
 
 STEPS, SAVE, ROWS = 6, 2, 8
@@ -73,10 +76,12 @@ def launched_with(config: dict[str, Any], folder: Path) -> Iterator[None]:
     gc.collect()
 
 
-def make_trainer(job: Job, accumulate: int = 2, dataset: Any = None, **arguments: Any) -> TinyTrainer:
-    """8 rows a step, 6 steps, whatever the number of ranks is times `accumulate`."""
+def make_trainer(
+    job: Job, accumulate: int = 2, dataset: Any = None, step_rows: int = ROWS, **arguments: Any
+) -> TinyTrainer:
+    """The same rows a step, whatever the number of ranks is times `accumulate`."""
     torch.manual_seed(0)
-    batch = ROWS // (training.world_size() * accumulate)
+    batch = step_rows // (training.world_size() * accumulate)
     config = TrainingConfig(
         learning_rate=1e-3, adam_epsilon=1e-6, max_grad_norm=0.1, schedule="linear", warmup_share=0.3,
         accumulation=accumulate, save_steps=SAVE, log_steps=1,
@@ -133,10 +138,17 @@ def refused(attempt: Callable[[], Any]) -> str:
     return "nothing was refused"
 
 
-def resumed(source: Path, folder: Path, ep: int, zero: int, accumulate: int, at: int = SAVE) -> Result:
+def resumed(
+    source: Path, folder: Path, ep: int, zero: int, accumulate: int, at: int = SAVE, **arguments: Any
+) -> Result:
     """The run of `source` taken up at step `at`, on this launch's ranks."""
     with launched_with(ds_config(ep, zero), folder):
-        return record(run(interrupted(source, folder / "run", at), accumulate))
+        return record(run(interrupted(source, folder / "run", at), accumulate, **arguments))
+
+
+def case_layouts(_: Path) -> Result:
+    install_ernie_preset()
+    return layouts.measure()
 
 
 def case_resume(out: Path) -> Result:
@@ -166,7 +178,6 @@ def case_grow(out: Path) -> Result:
         "zero1-ep4 again": resumed(out / "zero1-ep4" / "run", out / "zero1-ep4-again", 4, 1, 1, at=2 * SAVE),
         "zero2-ep2": resumed(before / "resume" / "zero2", out / "zero2-ep2", 2, 2, accumulate=1),
         "zero3-ep4": resumed(before / "change" / "zero3" / "run", out / "zero3-ep4", 4, 3, accumulate=1),
-        "zero3-ep4 again": resumed(out / "zero3-ep4" / "run", out / "zero3-ep4-again", 4, 3, 1, at=2 * SAVE),
     }
 
 
@@ -183,9 +194,10 @@ def case_refused(out: Path) -> Result:
         found["endless"] = refused(endless.train)
         fewer = rows(ROWS * (1 + dist.get_rank()))
         found["unequal"] = refused(make_trainer(job, dataset=fewer).train)
-        found["unequal evaluation"] = refused(lambda: make_trainer(job).get_eval_dataloader(fewer))
+        trainer = make_trainer(job, per_device_eval_batch_size=2)
+        found["unequal evaluation"] = refused(lambda: trainer.get_eval_dataloader(fewer))
     source = out.parent / "resume"
-    found["rows"] = refused(lambda: resumed(source / "zero1", out / "rows", 2, 1, accumulate=4))
+    found["rows"] = refused(lambda: resumed(source / "zero1", out / "rows", 2, 1, accumulate=2, step_rows=4))
     found["stage"] = refused(lambda: resumed(source / "zero1", out / "stage", 2, 2, accumulate=2))
     found["zero0"] = refused(lambda: resumed(source / "zero0", out / "zero0", 1, 0, accumulate=2))
     return found
@@ -206,8 +218,8 @@ def case_saves(out: Path) -> Result:
         found["shut"] = {
             "save_16bit_model": refused(lambda: engine.save_16bit_model(folder)),
             "save_fp16_model": refused(lambda: engine.save_fp16_model(folder)),
-            "_zero3": refused(lambda: engine._zero3_consolidated_16bit_state_dict()),
-            "_consolidated": refused(lambda: engine._consolidated_16bit_state_dict()),
+            "_zero3": refused(engine._zero3_consolidated_16bit_state_dict),
+            "_consolidated": refused(engine._consolidated_16bit_state_dict),
             "get_state_dict": refused(lambda: trainer.accelerator.get_state_dict(engine)),
             "accelerator.save_model": refused(lambda: trainer.accelerator.save_model(engine, folder)),
             "save_pretrained": refused(lambda: trainer.model.save_pretrained(folder)),
@@ -220,10 +232,11 @@ def case_saves(out: Path) -> Result:
 def main() -> None:
     out = Path(sys.argv[1])
     ddp_backend()
-    TrainingArguments(output_dir=str(out), ddp_backend=ddp_backend())  # makes the process group
+    deepspeed.init_distributed(dist_backend="gloo")
     for case in sys.argv[2:]:
         result = globals()[f"case_{case}"](out / case)
-        (out / f"{case}{dist.get_rank()}.json").write_text(json.dumps(result, indent=1))
+        name = f"layouts-of-{dist.get_world_size()}-" if case == "layouts" else case
+        (out / f"{name}{dist.get_rank()}.json").write_text(json.dumps(result, indent=1))
         dist.barrier()
     dist.destroy_process_group()
 
