@@ -38,6 +38,9 @@ DIE_WITH_PARENT = "ALIGNMENT_DIE_WITH_PARENT"
 PR_SET_PDEATHSIG = 1
 LOCK_SECONDS = 10.0
 SPOKESMAN_SECONDS = 3.0
+# What a run that is not done may change: more ranks run fewer micro-batches each. The rows of a step may not change,
+# which alignment/moe/resume.py holds.
+RESUMABLE_CHANGES = ("training.accumulation was",)
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "math-verify", "POT", "datasets")
 
 
@@ -298,6 +301,8 @@ class Job:
         if record.get("job") != self.name:
             raise UserError(f"{self.dir}: output_dir holds a run of {record.get('job')}; choose another folder")
         changes = _differences(yaml.safe_load(before.read_text(encoding="utf-8")), settings)
+        if not self.done:
+            changes = [change for change in changes if not change.startswith(RESUMABLE_CHANGES)]
         if changes:
             raise UserError(
                 f"{self.dir}: output_dir holds a run with another config; choose another folder, or delete it\n"

@@ -18,8 +18,10 @@ from alignment import models
 from alignment.config import ModelConfig, TrainingConfig
 from alignment.job import Interrupted, Job, deferred_interrupts
 from alignment.moe.autoep import check_model
-from alignment.moe.memory import launched_layout, memory_plan
-from alignment.moe.trainer import ddp_backend, expert_parallel_size
+from alignment.moe.config import check_launcher_config, expert_parallel_size
+from alignment.moe.memory import launched_sharding, memory_plan
+from alignment.moe.resume import prepare_resume
+from alignment.moe.trainer import ddp_backend
 
 # DeepSpeed 0.19.8 calls it, on every rank.
 warnings.filterwarnings("ignore", message=r"`torch.distributed.all_gather_into_tensor` is deprecated")
@@ -36,16 +38,17 @@ def world_size() -> int:
 
 
 def check_parallel(source: ModelConfig) -> list[str]:
-    """Refuse an expert-parallel size that does not divide the experts or the processes, before any weight is read.
+    """Refuse what the launcher's config asks for and cannot have of this model, before any weight is read.
 
     Returns the lines of the memory plan: what one rank of this launch holds when every weight is trained.
     """
     config = models.config_of(source)
     model = models.on_meta(config)
     size = expert_parallel_size()
-    if size > 1:
+    if size:
+        check_launcher_config()
         check_model(model, size, world_size())
-    return memory_plan(model, config, launched_layout(source.dtype))
+    return memory_plan(model, config, launched_sharding(source.dtype))
 
 
 def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: str, **specific: Any) -> A:
@@ -82,8 +85,11 @@ def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: s
 def train(trainer: Trainer, job: Job) -> dict[str, float]:
     """Run `trainer` from its last whole checkpoint, or from the start, to its end. Returns its final metrics.
 
+    A checkpoint of another layout (ranks, expert-parallel size) is converted first; see alignment/moe/resume.py.
+
     Raises:
         Interrupted: after a signal, once the step is done and a checkpoint is written.
+        UserError: the checkpoint's layout is another, and the run could not go on from it as it was.
     """
     checkpoint = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
     trainer.remove_callback(PrinterCallback)
@@ -92,6 +98,8 @@ def train(trainer: Trainer, job: Job) -> dict[str, float]:
         trainer.add_callback(callback)
         if checkpoint is not None and job.is_main:
             print(f"{job.name}: resumes from {checkpoint}")
+        if checkpoint is not None:
+            prepare_resume(trainer, checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         signum = callback.stopped_by
     if signum is not None:

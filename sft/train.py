@@ -18,8 +18,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from alignment import adapters, attention, job, models, training
 from alignment.ledger import Ledger
 from alignment.moe.adapters import check_adapter
+from alignment.moe.config import expert_parallel_size
 from alignment.moe.router_trainer import RouterLossMixin
-from alignment.moe.trainer import ExpertParallelTrainerMixin, expert_parallel_size
+from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs
 from sft import data
 from sft.config import SFTConfig
@@ -118,7 +119,7 @@ def _plan_adapter(config: SFTConfig) -> list[str]:
     if config.lora is None:
         return []
     model = adapters.on_meta(config.lora, config.model)
-    if expert_parallel_size() > 1:
+    if expert_parallel_size():
         check_adapter(model)
     trained, total = model.get_nb_trainable_parameters()
     return [f"adapter: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"]

@@ -19,7 +19,9 @@ ERNIE = "ernie4_5_moe"
 
 
 def install_ernie_preset() -> None:
-    """Register the preset of Ernie4_5_Moe with AutoEP; doing it twice changes nothing.
+    """Register the preset of Ernie4_5_Moe with AutoEP, and give every preset's router a float32 gate.
+
+    Doing it twice changes nothing.
 
     Raises:
         UserError: another version of DeepSpeed is installed, or its private names have moved.
@@ -32,12 +34,15 @@ def install_ernie_preset() -> None:
             f"install deepspeed=={DEEPSPEED_VERSION}, or train without expert parallelism"
         )
     try:
+        from deepspeed.module_inject import auto_ep_layer
         from deepspeed.module_inject.auto_ep_presets.base import MoEModelPreset
         from deepspeed.module_inject.auto_ep_presets.registry import _PRESET_ADAPTERS, PRESET_MODELS
 
         adapter = _ernie_adapter()
+        router = _fp32_router()
     except ImportError as error:
         raise UserError(f"the deepspeed installed here lacks a name that expert parallelism needs: {error}") from error
+    vars(auto_ep_layer).update(TokenChoiceTopKRouter=router)  # the class that AutoEP builds every router from
     _PRESET_ADAPTERS[ERNIE] = adapter
     PRESET_MODELS[ERNIE] = MoEModelPreset(
         moe_layer_pattern=r"model\.layers\.\d+\.mlp",
@@ -65,34 +70,38 @@ class Fp32Gate(nn.Linear):
     """A router gate that computes in float32 whatever the model's dtype, as Ernie's own router does."""
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
         with torch.autocast(x_TD.device.type, enabled=False):
-            return functional.linear(x_TD.float(), self.weight.float())
+            return functional.linear(x_TD.float(), self.weight.float(), bias)
+
+
+def _fp32_router() -> type[nn.Module]:
+    """AutoEP's router with a float32 gate: stock, it multiplies in the model's dtype and only scores in float32."""
+    from deepspeed.moe.ep_router import TokenChoiceTopKRouter
+
+    class Fp32Router(TokenChoiceTopKRouter):  # type: ignore[misc]  # deepspeed has no types
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.gate = Fp32Gate(options["dim"], options["num_experts"], bias=options["gate_bias"])
+
+    return Fp32Router
 
 
 def _ernie_adapter() -> Any:
-    """What differs between Ernie's router and AutoEP's, put right once the blocks are replaced."""
+    """What differs between Ernie's router and AutoEP's, put right once all blocks are replaced (one call a model)."""
     from deepspeed.module_inject.auto_ep_presets.base import TransformersTopLevelRouterLogitsAdapter
 
     class ErnieAdapter(TransformersTopLevelRouterLogitsAdapter):  # type: ignore[misc]  # deepspeed has no types
         def retarget_transformers_output_recorders(
             self, model: nn.Module, spec: Any, replacement: nn.Module, *args: Any
         ) -> None:
-            # AutoEP calls this once for a model. The routers are mended first, because the recorder of router logits
-            # (the parent's work) looks for the class of the gate it is given.
             for _, layer in autoep_layers(model):
-                _mend_router(cast(Any, layer).router)
+                bias = cast(Any, layer).router.e_score_correction_bias
+                # Ernie stores [1, E]; AutoEP adds a dimension of its own, and [1, 1, E] + [T, E] would be [1, T, E].
+                bias.data = bias.data.reshape(-1)
             super().retarget_transformers_output_recorders(model, spec, replacement, *args)
 
     return ErnieAdapter(display_name="Ernie4_5_Moe", hf_model_types=(ERNIE,), class_name_fragments=("Ernie4_5_Moe",))
-
-
-def _mend_router(router: Any) -> None:
-    """Give the router a float32 gate and a correction bias of shape [E]; both parameters keep their identity."""
-    gate = Fp32Gate(router.gate.in_features, router.gate.out_features, bias=False, device="meta")
-    gate.weight = router.gate.weight
-    router.gate = gate
-    # Ernie stores [1, E]; AutoEP adds a dimension of its own, and [1, 1, E] + [T, E] would broadcast to [1, T, E].
-    router.e_score_correction_bias.data = router.e_score_correction_bias.data.reshape(-1)
 
 
 def freeze_correction_bias(model: nn.Module) -> None:

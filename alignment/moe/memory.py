@@ -6,16 +6,14 @@ too, stage 3 the weights too (Rajbhandari et al. 2020, arXiv:1910.02054, section
 arXiv:2201.05596).
 """
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedConfig
 
 from alignment.moe.autoep import moe_blocks
+from alignment.moe.config import expert_parallel_size, launcher_config, zero_stage
 
 GB = 10**9
 DEVICE_BYTES = 80 * GB
@@ -25,7 +23,7 @@ COPY_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Layout:
+class Sharding:
     """How a model lies on the ranks; `zero_stage` is None without DeepSpeed."""
 
     ranks: int
@@ -61,31 +59,28 @@ class Held:
         return self.weights + self.gradients + self.optimizer
 
 
-def held(parameters: int, layout: Layout, shards: int = 1) -> Held:
+def held(parameters: int, sharding: Sharding, shards: int = 1) -> Held:
     """The bytes that a rank holds of `parameters`, which expert parallelism splits into `shards`; 1 for dense ones."""
-    own, size = parameters // shards, DTYPE_BYTES[layout.dtype]
-    partitions, stage = layout.ranks // shards, layout.zero_stage or 0
+    own, size = parameters // shards, DTYPE_BYTES[sharding.dtype]
+    partitions, stage = sharding.ranks // shards, sharding.zero_stage or 0
     return Held(
         parameters=own,
         partitions=partitions,
         weights=own * size / (partitions if stage == 3 else 1),
         gradients=own * size / (partitions if stage >= 2 else 1),
-        optimizer=own * layout.optimizer_bytes / (partitions if stage >= 1 else 1),
+        optimizer=own * sharding.optimizer_bytes / (partitions if stage >= 1 else 1),
     )
 
 
-def launched_layout(dtype: str, environment: Mapping[str, str] = os.environ) -> Layout:
-    """The layout that the launcher's environment asks for."""
-    ranks = int(environment.get("WORLD_SIZE", "1"))
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return Layout(ranks, 1, None, dtype)
-    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if path is None:
-        return Layout(ranks, 1, int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), dtype)
-    config = json.loads(Path(path).read_text())
-    experts = config.get("expert_parallel", {})
-    size = int(experts.get("autoep_size", 1)) if experts.get("enabled") else 1
-    return Layout(ranks, size, int(config.get("zero_optimization", {}).get("stage", 0)), dtype)
+def launched_sharding(dtype: str) -> Sharding:
+    """What the launcher's environment asks for."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return Sharding(ranks, 1, None, dtype)
+    config = launcher_config()
+    if not config:
+        return Sharding(ranks, 1, int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), dtype)
+    return Sharding(ranks, max(1, expert_parallel_size()), zero_stage(config), dtype)
 
 
 def count_experts(model: nn.Module) -> int:
@@ -93,32 +88,32 @@ def count_experts(model: nn.Module) -> int:
     return sum(p.numel() for _, block in moe_blocks(model) for p in block.get_submodule("experts").parameters())
 
 
-def memory_plan(model: nn.Module, config: PreTrainedConfig, layout: Layout) -> list[str]:
+def memory_plan(model: nn.Module, config: PreTrainedConfig, sharding: Sharding) -> list[str]:
     """Lines that say what one rank holds of the model (which may lie on the meta device), and whether 80 GB suffice."""
     experts = count_experts(model)
-    shares = {"dense": held(sum(p.numel() for p in model.parameters()) - experts, layout)}
+    shares = {"dense": held(sum(p.numel() for p in model.parameters()) - experts, sharding)}
     if experts:
-        shares["experts"] = held(experts, layout, layout.expert_parallel)
+        shares["experts"] = held(experts, sharding, sharding.expert_parallel)
     total = sum(share.total for share in shares.values())
-    activations = config.num_hidden_layers * config.hidden_size * DTYPE_BYTES[layout.dtype]
+    activations = config.num_hidden_layers * config.hidden_size * DTYPE_BYTES[sharding.dtype]
     left = (DEVICE_BYTES - total) / GB
     verdict = f"fits, {left:,.1f} GB left" if left > 0 else f"does NOT fit, {-left:,.1f} GB too many"
-    stage = "no DeepSpeed" if layout.zero_stage is None else f"ZeRO {layout.zero_stage}"
+    stage = "no DeepSpeed" if sharding.zero_stage is None else f"ZeRO {sharding.zero_stage}"
     return [
-        f"memory of one rank: {layout.ranks} ranks, expert parallelism {layout.expert_parallel}, {stage}, "
-        f"{layout.dtype}, in GB of 10^9 bytes",
+        f"memory of one rank: {sharding.ranks} ranks, expert parallelism {sharding.expert_parallel}, {stage}, "
+        f"{sharding.dtype}, in GB of 10^9 bytes",
         f"  {'':8}{'parameters':>12}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'sum':>9}",
-        *(_row(name, share, layout) for name, share in shares.items()),
+        *(_row(name, share, sharding) for name, share in shares.items()),
         f"  {total / GB:,.1f} of {DEVICE_BYTES // GB} GB: {verdict}",
         "  not counted: buffers for communication and weights that ZeRO 3 gathers for use; and activations, of which",
-        f"  gradient checkpointing keeps layers x hidden x {DTYPE_BYTES[layout.dtype]} bytes = "
+        f"  gradient checkpointing keeps layers x hidden x {DTYPE_BYTES[sharding.dtype]} bytes = "
         f"{activations / 1e6:,.2f} MB a token between layers",
     ]
 
 
-def _row(name: str, share: Held, layout: Layout) -> str:
+def _row(name: str, share: Held, sharding: Sharding) -> str:
     parts = [part / GB for part in (share.weights, share.gradients, share.optimizer, share.total)]
-    stage = layout.zero_stage or 0
+    stage = sharding.zero_stage or 0
     split = ("", "optimizer", "gradients and optimizer", "all")[stage]
     note = f"  {split} split over {share.partitions} ranks" if stage and share.partitions > 1 else ""
     return (

@@ -11,7 +11,7 @@ from transformers import Ernie4_5_MoeForCausalLM
 from worker import tiny_config
 
 from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_ernie_preset
-from alignment.moe.memory import Layout, count_experts, held
+from alignment.moe.memory import Sharding, count_experts, held
 from alignment.moe.trainer import ddp_backend
 
 RANKS = EP = 2
@@ -50,8 +50,8 @@ def measured(stage: int, dtype: str) -> dict[str, float]:
     engine.step()
     engine.backward(engine(input_ids=ids, labels=ids).loss)
     engine.step()
-    layout = Layout(RANKS, EP, stage, dtype)
-    shares = (held(dense, layout), held(experts, layout, EP))
+    sharding = Sharding(RANKS, EP, stage, dtype)
+    shares = (held(dense, sharding), held(experts, sharding, EP))
     weights = [getattr(p, "ds_tensor", p.data) for p in model.parameters()]
     return {
         "weights": distinct(weights),

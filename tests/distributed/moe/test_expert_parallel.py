@@ -53,12 +53,6 @@ def test_two_ranks_train_as_one_process_does(single: Path, parallel: Path) -> No
     torch.testing.assert_close(weights(parallel), weights(single), rtol=0, atol=1e-5)
 
 
-def test_four_ranks_train_as_one_process_does(launch: Launch, single: Path, tmp_path: Path) -> None:
-    four = trained(launch, tmp_path, "--batch", 2, ranks=4)
-    assert record(four)["losses"] == pytest.approx(record(single)["losses"], abs=1e-5)
-    torch.testing.assert_close(weights(four), weights(single), rtol=0, atol=1e-5)
-
-
 def test_exported_folder_is_the_model_in_the_engine(parallel: Path) -> None:
     engine = record(parallel)
     model = AutoModelForCausalLM.from_pretrained(parallel / "model").eval()
@@ -110,13 +104,146 @@ def test_a_launch_that_lost_deepspeed_is_refused(launch: Launch, tmp_path: Path)
 
 
 def test_every_model_family_trains_and_exports(launch: Launch, tmp_path: Path) -> None:
-    """Logits before and after AutoEP, and of the engine and its reload, for each preset; Ernie also in bfloat16."""
+    """For each preset: logits before and after AutoEP, of the engine and its reload, and of the routers' gates.
+
+    The gates compute in float32, also in bfloat16, where they would else be wrong by 1e-2 here. There only the logits
+    of families whose own gates in transformers do so too can agree: the others route a token near a tie elsewhere.
+    """
     finished = launch("families.py", tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
     for rank in range(2):
         for family, result in json.loads((tmp_path / f"families{rank}.json").read_text()).items():
-            tolerance = 0.05 if family.endswith("bf16") else 1e-5
-            assert result["before"] < tolerance, f"rank {rank}, {family}: {result}"
-            assert result["after"] < tolerance, f"rank {rank}, {family}: {result}"
+            tolerance = 0.05 if family.endswith("bfloat16") else 1e-5
+            if tolerance == 1e-5 or family.startswith(("ernie", "deepseek")):
+                assert result["before"] < tolerance, f"rank {rank}, {family}: {result}"
+                assert result["after"] < tolerance, f"rank {rank}, {family}: {result}"
             assert result["moved"] > 0.5, f"rank {rank}, {family} was not trained: {result}"
             assert result["fp32_gates"], f"rank {rank}, {family}: {result}"
+            assert result["gate_error"] < 1e-6, f"rank {rank}, {family}: {result}"
+
+
+# many layouts in one launch
+
+
+@pytest.fixture(scope="module")
+def on_two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines and trainers of many layouts on two ranks."""
+    return many(launch, tmp_path_factory.mktemp("many"), "layouts", "resume", "change", "refused", "saves", ranks=2)
+
+
+@pytest.fixture(scope="module")
+def on_four(launch: Launch, on_two: Path) -> Path:
+    """The same on four ranks; the trainers go on from what the two saved."""
+    return many(launch, on_two, "layouts", "grow", ranks=4)
+
+
+def many(launch: Launch, folder: Path, *cases: str, ranks: int) -> Path:
+    finished = launch("trainers.py", folder, *cases, ranks=ranks)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return folder
+
+
+def found(folder: Path, case: str, rank: int = 0) -> dict[str, Any]:
+    return dict(json.loads((folder / f"{case}{rank}.json").read_text()))
+
+
+def check_layouts(results: dict[str, dict[str, float]], names: set[str]) -> None:
+    """float32 within 1e-5 of one process; bfloat16 nearer to one bfloat16 process than that is to float32."""
+    gap = results.pop("bfloat16 reference")
+    assert set(results) == names
+    for name, result in results.items():
+        if "float32" in name:
+            for what in ("losses", "gradients", "norms", "weights"):
+                assert result[what] < 1e-5, f"{what} of {name}: {result}"
+            continue
+        assert gap["first_gradients"] > 0.05 and gap["first_norm"] > 0.01 and gap["drift"] > 0.15, gap
+        assert result["first_gradients"] < 0.02, f"{name}: {result}"
+        assert result["first_norm"] < 1e-3, f"{name}: {result}"
+        assert result["losses"] < 0.02 and result["drift"] < 0.12, f"{name}: {result}"
+
+
+def test_layouts_of_two_ranks_train_as_one_process_does(on_two: Path) -> None:
+    """Loss, every gradient, its norm and every parameter over 5 AdamW steps of two clipped, accumulated batches."""
+    fp32 = {f"ep{ep}-zero{zero}-float32" for ep in (1, 2) for zero in range(4)}
+    bf16 = {f"ep2-zero{zero}-bfloat16" for zero in (1, 2, 3)}
+    check_layouts(found(on_two, "layouts-of-2-"), fp32 | bf16 | {"ep2-zero1-float32-checkpointing"})
+
+
+def test_layouts_of_four_ranks_train_as_one_process_does(on_four: Path) -> None:
+    """Expert-parallel size 4, and 2 with every expert held twice."""
+    fp32 = {f"ep{ep}-zero{zero}-float32" for ep in (2, 4) for zero in range(4)}
+    check_layouts(found(on_four, "layouts-of-4-"), fp32 | {"ep2-zero1-bfloat16", "ep4-zero3-float32-checkpointing"})
+
+
+def check_went_on(folder: Path, run: str, result: dict[str, Any], zero: int, forwards: int) -> None:
+    """The run ends as the one left alone does, having gone through `forwards` micro-batches of its own."""
+    alone = found(folder, "resume")[f"zero{zero}"]
+    assert result["forwards"] == forwards
+    assert result["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert result["norms"] == pytest.approx(alone["norms"], abs=1e-5)
+    expected = weights(folder / "resume" / f"zero{zero}")
+    torch.testing.assert_close(weights(folder / run), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_resumed_run_ends_with_the_same_bits_at_every_zero_stage(on_two: Path, zero: int) -> None:
+    alone, again = (found(on_two, "resume")[name] for name in (f"zero{zero}", f"zero{zero} again"))
+    assert (alone["forwards"], again["forwards"]) == (12, 8)
+    assert len(alone["losses"]) == len(alone["norms"]) == 6
+    assert again["losses"] == alone["losses"]
+    assert again["norms"] == alone["norms"]
+    expected = weights(on_two / "resume" / f"zero{zero}")
+    torch.testing.assert_close(weights(on_two / "resume" / f"zero{zero}-again" / "run"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_run_saved_at_size_2_goes_on_at_size_1(on_two: Path, zero: int) -> None:
+    check_went_on(on_two, f"change/zero{zero}/run", found(on_two, "change")[f"zero{zero}"], zero, forwards=8)
+
+
+@pytest.mark.parametrize(
+    ("run", "zero", "forwards"),
+    [("zero1-ep4", 1, 4), ("zero1-ep4 again", 1, 2), ("zero2-ep2", 2, 4), ("zero3-ep4", 3, 4)],
+)
+def test_run_saved_on_two_ranks_goes_on_on_four(on_four: Path, run: str, zero: int, forwards: int) -> None:
+    """Half as many micro-batches each; `again` resumes once more from what the four ranks saved."""
+    check_went_on(on_four, f"grow/{run.replace(' ', '-')}/run", found(on_four, "grow")[run], zero, forwards)
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("endless", "needs a dataset with a length"),
+        ("unequal", "unequal numbers of forwards and hang: batches of each rank [2, 4]"),
+        ("unequal evaluation", "unequal numbers of forwards and hang"),
+        ("rows", "a step was 8 rows (on 2 ranks, expert-parallel size 2, ZeRO 1), is 4"),
+        ("stage", "resume with the same ZeRO stage"),
+        ("zero0", "DeepSpeed cannot convert what ZeRO 0 saves"),
+    ],
+)
+def test_refused_on_every_rank_before_the_first_step(on_two: Path, case: str, reason: str) -> None:
+    for rank in range(2):
+        assert reason in found(on_two, "refused", rank)[case]
+
+
+def test_saves_that_would_write_half_are_shut(on_two: Path) -> None:
+    for rank in range(2):
+        for way, message in found(on_two, "saves", rank)["shut"].items():
+            assert "call trainer.save_model(folder) on every rank" in message, way
+    assert not (on_two / "saves" / "half").exists()
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_best_model_is_loaded_whole_at_the_end(on_two: Path, zero: int) -> None:
+    """The evaluation loss is made a score to maximise, so that the best is not the last."""
+    assert found(on_two, "saves")[f"best{zero}"] == 2
+    run = on_two / "saves" / f"best{zero}"
+    best = load_file(run / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    torch.testing.assert_close(weights(run), best, rtol=0, atol=0)
+
+
+def test_checkpoints_of_the_model_only_are_whole_models(on_two: Path) -> None:
+    run = on_two / "saves" / "only"
+    torch.testing.assert_close(weights(run), weights(on_two / "resume" / "zero1"), rtol=0, atol=0)
+    last = load_file(run / "checkpoints" / "checkpoint-6" / "model.safetensors")
+    torch.testing.assert_close(last, weights(run), rtol=0, atol=0)

@@ -18,8 +18,9 @@ from alignment.moe.autoep import (
     freeze_correction_bias,
     install_ernie_preset,
 )
+from alignment.moe.config import expert_parallel_size
 from alignment.moe.export import difference
-from alignment.moe.trainer import ExpertParallelTrainerMixin, expert_parallel_size
+from alignment.moe.trainer import ExpertParallelTrainerMixin
 
 SIZES: dict[str, Any] = {
     "vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -80,7 +81,7 @@ def test_expert_parallel_size_is_read_from_the_launchers_config(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert expert_parallel_size() == 4
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    assert expert_parallel_size() == 1
+    assert expert_parallel_size() == 0
 
 
 def test_ranks_that_take_themselves_for_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
