@@ -31,6 +31,7 @@ ERNIE: dict[str, Any] = {
 FAMILIES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
     "ernie": ("Ernie4_5_Moe", ERNIE, torch.float32),
     "ernie_bf16": ("Ernie4_5_Moe", ERNIE, torch.bfloat16),
+    "ernie_zero3": ("Ernie4_5_Moe", ERNIE, torch.float32),
     "qwen3": ("Qwen3Moe", MOE | {"norm_topk_prob": True, "head_dim": 8}, torch.float32),
     "qwen2": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 16}, torch.float32),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, torch.float32),
@@ -39,10 +40,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
 }
 
 
-def ds_config(bf16: bool) -> dict[str, Any]:
+def ds_config(bf16: bool, stage: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": stage},
         "bf16": {"enabled": bf16},
         "expert_parallel": {"enabled": True, "autoep_size": 2},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
@@ -53,8 +54,8 @@ def run(family: str, folder: Path) -> dict[str, float]:
     """One step, the export, and how far logits of the engine are from those of the model before and after."""
     prefix, changes, dtype = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(**(COMMON | changes))
-    model: PreTrainedModel = getattr(transformers, f"{prefix}ForCausalLM")._from_config(config, dtype=dtype)
+    shape = getattr(transformers, f"{prefix}Config")(**(COMMON | changes))
+    model: PreTrainedModel = getattr(transformers, f"{prefix}ForCausalLM")._from_config(shape, dtype=dtype)
     for name, tensor in model.state_dict().items():
         if name.endswith("e_score_correction_bias"):  # not zero, so that a bias lost or misshapen shows
             tensor.copy_(torch.linspace(-0.3, 0.3, 4).reshape(tensor.shape))
@@ -65,9 +66,8 @@ def run(family: str, folder: Path) -> dict[str, float]:
     check_model(model, 2, 2)
     freeze_correction_bias(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=trainable, config=ds_config(dtype == torch.bfloat16)
-    )
+    config = ds_config(dtype == torch.bfloat16, stage=3 if family.endswith("zero3") else 1)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
     check_replaced(model)
     with torch.no_grad():
         replaced = engine(input_ids=ids).logits
