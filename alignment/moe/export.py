@@ -6,10 +6,10 @@ Shapes: E experts of the model, L = E / EP of them on a rank, X, Y the two dimen
 """
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -52,19 +51,19 @@ def export_model(
         ExportError: on every rank, when it could not be written, or what was written differs from what is in memory.
     """
     skeleton = _skeleton(model)
-    with atomic.replacing_folder(folder) if dist.get_rank() == 0 else nullcontext(folder) as temporary:
+    to_write, to_compare = hf_weights(model), hf_weights(model)
 
-        def write(weights: Weights) -> None:
-            if any(folder.glob("checkpoint-*")):
-                raise ExportError("it holds training checkpoints, which the export would delete; choose another folder")
+    def write_and_compare() -> None:
+        if any(folder.glob("checkpoint-*")):
+            raise ExportError("it holds training checkpoints, which the export would delete; choose another folder")
+        with atomic.replacing_folder(folder) as temporary:
             _write_config(model, temporary)
             if processing_class is not None:
                 processing_class.save_pretrained(temporary)
-            _write_weights(weights, skeleton, temporary, shard_bytes)
+            _write_weights(to_write, skeleton, temporary, shard_bytes)
+            _compare(to_compare, skeleton, temporary)
 
-        _on_rank_0(model, folder, write)
-        _on_rank_0(model, folder, lambda weights: _compare(weights, skeleton, temporary))
-    dist.barrier()
+    _on_rank_0(write_and_compare, folder, to_write, to_compare)
 
 
 def check_export(model: PreTrainedModel, folder: Path) -> None:
@@ -76,8 +75,8 @@ def check_export(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ExportError: on every rank; it names the first weight that differs, and how.
     """
-    skeleton = _skeleton(model)
-    _on_rank_0(model, folder, lambda weights: _compare(weights, skeleton, folder))
+    skeleton, weights = _skeleton(model), hf_weights(model)
+    _on_rank_0(lambda: _compare(weights, skeleton, folder), folder, weights)
 
 
 def hf_weights(model: PreTrainedModel) -> Weights:
@@ -110,8 +109,7 @@ def _sources(model: PreTrainedModel, skeleton: dict[str, torch.Tensor]) -> dict[
         if not any(name.startswith(f"{prefix}.") for prefix in layers)
     }
     for prefix, layer in layers.items():
-        for name, gather in _layer_sources(cast(Any, layer), prefix, skeleton):
-            sources[name] = gather
+        sources |= dict(_layer_sources(cast(Any, layer), prefix, skeleton))
     return sources
 
 
@@ -203,19 +201,18 @@ def _unaware_of_deepspeed() -> Iterator[None]:
         hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def _on_rank_0(model: PreTrainedModel, folder: Path, work: Callable[[Weights], None]) -> None:
-    """Run `work` over the gathered weights on rank 0; where it fails, every rank raises."""
-    weights = hf_weights(model)
+def _on_rank_0(work: Callable[[], None], folder: Path, *gathered: Weights) -> None:
+    """Run `work`, which consumes what is gathered, on rank 0; where it fails, every rank raises."""
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            work(weights)
+            work()
         except ExportError as error:
             problem = [str(error)]
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # the other ranks are waiting for a word
             logger.exception("the export failed")
             problem = [f"{type(error).__name__}: {error}"]
-    for _ in weights:  # gathering is collective: what rank 0 left is run through on all
+    for _ in chain(*gathered):  # gathering is collective: what rank 0 left is run through on all
         pass
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
@@ -269,7 +266,7 @@ def _name_shards(shards: list[list[str]], folder: Path, metadata: dict[str, int]
     if len(shards) == 1:
         (folder / "0.part").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, keys in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.part").rename(folder / file)
@@ -287,7 +284,7 @@ def _compare(weights: Weights, skeleton: PreTrainedModel, folder: Path) -> None:
             if key not in files:
                 raise ExportError(f"{key} is missing")
             with safe_open(files[key], "pt") as file:
-                _compare_weight(key, part, file.get_tensor(key))
+                compare_weight(key, part, file.get_tensor(key))
             left.discard(key)
         del tensor, part  # before the next is gathered
     if left:
@@ -297,7 +294,7 @@ def _compare(weights: Weights, skeleton: PreTrainedModel, folder: Path) -> None:
 
 def _weight_files(folder: Path) -> dict[str, Path]:
     """The file of each weight."""
-    files = {}
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -307,7 +304,8 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _compare_weight(name: str, memory: torch.Tensor, disk: torch.Tensor) -> None:
+def compare_weight(name: str, memory: torch.Tensor, disk: torch.Tensor) -> None:
+    """Raise ExportError unless the two have the same dtype, shape and bits: -0.0 is not 0.0, and a NaN is itself."""
     if (disk.dtype, disk.shape) != (memory.dtype, memory.shape):
         raise ExportError(
             f"{name} is {disk.dtype} of shape {list(disk.shape)}, expected {memory.dtype} of {list(memory.shape)}"

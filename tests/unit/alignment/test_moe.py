@@ -18,7 +18,7 @@ from alignment.moe.autoep import (
     freeze_correction_bias,
     install_ernie_preset,
 )
-from alignment.moe.export import difference
+from alignment.moe.export import ExportError, compare_weight
 from alignment.moe.trainer import ExpertParallelTrainerMixin, expert_parallel_size
 
 SIZES: dict[str, Any] = {
@@ -110,13 +110,20 @@ def test_gate_of_a_bfloat16_model_computes_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "problem"),
+    ("disk", "problem"),
     [
-        ({"a": torch.ones(2), "b": torch.ones(1)}, "weights missing or unexpected: b"),
-        ({"a": torch.ones(2, dtype=torch.bfloat16)}, "a is torch.bfloat16, expected torch.float32"),
-        ({"a": torch.tensor([1.0, 1.0 + 2**-20])}, "a differs from the model in memory"),
-        ({"a": torch.ones(2)}, None),
+        (torch.ones(2, dtype=torch.bfloat16), r"w is torch.bfloat16 of shape \[2\], expected torch.float32 of \[2\]"),
+        (torch.ones(2, 1), r"w is torch.float32 of shape \[2, 1\], expected torch.float32 of \[2\]"),
+        (torch.tensor([torch.nan, 1.0 + 2**-20]), "w differs from the model in memory in 1 of 2 values"),
+        (torch.tensor([-0.0, 2.0]), "w differs from the model in memory in 2 of 2 values"),
     ],
 )
-def test_difference_of_what_was_written(found: dict[str, torch.Tensor], problem: str | None) -> None:
-    assert difference({"a": torch.ones(2)}, found) == problem
+def test_weight_that_differs_is_named(disk: torch.Tensor, problem: str) -> None:
+    with pytest.raises(ExportError, match=problem):
+        compare_weight("w", torch.tensor([torch.nan, 1.0]), disk)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -0.0])
+def test_weight_with_the_same_bits_is_the_same(value: float) -> None:
+    compare_weight("w", torch.tensor([[value, 1.0]]), torch.tensor([[value, 1.0]]))
+    compare_weight("scalar", torch.tensor(value, dtype=torch.bfloat16), torch.tensor(value, dtype=torch.bfloat16))
