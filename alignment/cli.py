@@ -111,13 +111,16 @@ def export(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="rows to compare on, at most")] = 32,
     gate: Annotated[float | None, typer.Option(help="largest mean gap allowed, in nats; default: by dtype")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="what to compute in: float32 or bfloat16; default: the weights' own")
+    ] = None,
 ) -> None:
     """Turn a training checkpoint into a model folder, checked token by token against vLLM."""
 
     def command() -> None:
         from alignment import export as exports
 
-        print(exports.export(source, target, check_prompts, limit, gate))
+        print(exports.export(source, target, check_prompts, limit, gate, dtype))
 
     _end(command)
 

@@ -28,15 +28,16 @@ ERNIE: dict[str, Any] = {
     "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1,
     "moe_layer_start_index": 1, "head_dim": 8,
 }  # fmt: skip
-FAMILIES: dict[str, tuple[str, dict[str, Any], torch.dtype]] = {
-    "ernie": ("Ernie4_5_Moe", ERNIE, torch.float32),
-    "ernie_bf16": ("Ernie4_5_Moe", ERNIE, torch.bfloat16),
-    "ernie_zero3": ("Ernie4_5_Moe", ERNIE, torch.float32),
-    "qwen3": ("Qwen3Moe", MOE | {"norm_topk_prob": True, "head_dim": 8}, torch.float32),
-    "qwen2": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 16}, torch.float32),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, torch.float32),
-    "deepseek_v2": ("DeepseekV2", LATENT | {"topk_method": "greedy"}, torch.float32),
-    "deepseek_v3": ("DeepseekV3", LATENT, torch.float32),
+# Architecture, what it needs beyond COMMON, dtype, and the stage of ZeRO that it is trained and exported under.
+FAMILIES: dict[str, tuple[str, dict[str, Any], torch.dtype, int]] = {
+    "ernie": ("Ernie4_5_Moe", ERNIE, torch.float32, 1),
+    "ernie_bf16": ("Ernie4_5_Moe", ERNIE, torch.bfloat16, 2),
+    "ernie_zero3": ("Ernie4_5_Moe", ERNIE, torch.float32, 3),
+    "qwen3": ("Qwen3Moe", MOE | {"norm_topk_prob": True, "head_dim": 8}, torch.float32, 0),
+    "qwen2": ("Qwen2Moe", MOE | {"shared_expert_intermediate_size": 16}, torch.float32, 2),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, torch.float32, 3),
+    "deepseek_v2": ("DeepseekV2", LATENT | {"topk_method": "greedy"}, torch.float32, 3),
+    "deepseek_v3": ("DeepseekV3", LATENT, torch.float32, 3),
 }
 
 
@@ -52,7 +53,7 @@ def ds_config(bf16: bool, stage: int) -> dict[str, Any]:
 
 def run(family: str, folder: Path) -> dict[str, float]:
     """One step, the export, and how far logits of the engine are from those of the model before and after."""
-    prefix, changes, dtype = FAMILIES[family]
+    prefix, changes, dtype, stage = FAMILIES[family]
     torch.manual_seed(0)
     shape = getattr(transformers, f"{prefix}Config")(**(COMMON | changes))
     model: PreTrainedModel = getattr(transformers, f"{prefix}ForCausalLM")._from_config(shape, dtype=dtype)
@@ -66,7 +67,7 @@ def run(family: str, folder: Path) -> dict[str, float]:
     check_model(model, 2, 2)
     freeze_correction_bias(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    config = ds_config(dtype == torch.bfloat16, stage=3 if family.endswith("zero3") else 1)
+    config = ds_config(dtype == torch.bfloat16, stage)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
     check_replaced(model)
     with torch.no_grad():
