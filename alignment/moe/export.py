@@ -8,7 +8,7 @@ Shapes: E experts of the model, L = E / EP of them on a rank, X, Y the two dimen
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -43,9 +43,9 @@ def export_model(
 ) -> None:
     """Write the whole model to `folder`, check it (`check_export`), and only then put it in its place.
 
-    Collective over all ranks; `model` is the module inside the engine, under any stage of ZeRO. The folder is written
-    beside `folder` and takes its place as a whole. `processing_class` (a tokenizer) is saved with it; a shard holds
-    `shard_bytes`, or one tensor that is larger.
+    Collective over all ranks; `model` is the module inside the engine, under any stage of ZeRO, with or without expert
+    parallelism, or the model of a single process. The folder is written beside `folder` and takes its place as a whole.
+    `processing_class` (a tokenizer) is saved with it; a shard holds `shard_bytes`, or one tensor that is larger.
 
     Raises:
         ExportError: on every rank, when it could not be written, or what was written differs from what is in memory.
@@ -147,7 +147,7 @@ def _whole(tensor: torch.Tensor, shape: torch.Size | None = None) -> Gather:
 
     def gather() -> torch.Tensor | None:
         with _unpartitioned(tensor):
-            return tensor.detach().cpu().reshape(shape or tensor.shape) if dist.get_rank() == 0 else None
+            return tensor.detach().cpu().reshape(shape or tensor.shape) if _rank() == 0 else None
 
     return gather
 
@@ -179,9 +179,15 @@ def _gather_experts(local_LXY: torch.Tensor, group: dist.ProcessGroup) -> torch.
 
 def _unpartitioned(tensor: torch.Tensor) -> Any:
     """Under ZeRO-3, the whole of one parameter on every rank of its group; otherwise nothing is done."""
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters([tensor])
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
@@ -204,7 +210,7 @@ def _unaware_of_deepspeed() -> Iterator[None]:
 def _on_rank_0(work: Callable[[], None], folder: Path, *gathered: Weights) -> None:
     """Run `work`, which consumes what is gathered, on rank 0; where it fails, every rank raises."""
     problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
+    if _rank() == 0:
         try:
             work()
         except ExportError as error:
@@ -214,7 +220,8 @@ def _on_rank_0(work: Callable[[], None], folder: Path, *gathered: Weights) -> No
             problem = [f"{type(error).__name__}: {error}"]
     for _ in chain(*gathered):  # gathering is collective: what rank 0 left is run through on all
         pass
-    dist.broadcast_object_list(problem, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise ExportError(f"{folder}: {problem[0]}")
 
