@@ -1,4 +1,4 @@
-"""The console `alignment`: pipelines, inspection, the state of this machine, evaluation and reports.
+"""The console `alignment`: pipelines, inspection, the state of this machine, exports, evaluation and reports.
 
 Commands import what they need when they run, so that `alignment --help` is quick.
 """
@@ -115,6 +115,29 @@ def merge(
 
         gap = adapters.merge_folders(base, adapter, out)
         typer.echo(f"{out}: log-probabilities differ by {gap.max:.1e} at most, {gap.mean:.1e} on average")
+
+    _end(command)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a training checkpoint or a model folder")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="the model folder to write; it must not exist")],
+    check_prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="rows to compare log-probs on; default: tokens drawn at random")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="rows to compare on, at most")] = 32,
+    gate: Annotated[float | None, typer.Option(help="largest mean gap allowed, in nats; default: by dtype")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="what to compute in: float32 or bfloat16; default: the weights' own")
+    ] = None,
+) -> None:
+    """Turn a training checkpoint into a model folder, checked token by token against vLLM."""
+
+    def command() -> None:
+        from alignment import export as exports
+
+        print(exports.export(source, target, check_prompts, limit, gate, dtype))
 
     _end(command)
 

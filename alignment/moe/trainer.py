@@ -79,6 +79,8 @@ class ExpertParallelTrainerMixin(Trainer):
 
     def _check_arguments(self) -> None:
         check_precision(self.args.bf16)
+        if self.args.save_on_each_node:
+            raise UserError("save_on_each_node: rank 0 alone writes the experts of all ranks; use a shared folder")
         options = cast(dict[str, Any], self.args.gradient_checkpointing_kwargs or {})
         if self.args.gradient_checkpointing and options.get("use_reentrant"):
             raise UserError(
@@ -127,17 +129,20 @@ class ExpertParallelTrainerMixin(Trainer):
             Layout.of(self).write(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the whole model to a Hugging Face folder, or its adapter; collective under expert parallelism."""
-        if not any(autoep_layers(self._module)):
+        """Save the whole model to a Hugging Face folder, or its adapter; collective over all ranks.
+
+        The folder is checked against the memory before it takes its place: see `alignment.moe.export`.
+        """
+        folder = output_dir or cast(str, self.args.output_dir)
+        if not isinstance(self.model, PeftModel):
+            export_model(self._module, Path(folder), self.processing_class)
+        elif self.expert_parallel_size:
+            adapters.save_adapter(self.model, Path(folder))
+            if self.args.should_save and self.processing_class is not None:
+                cast(Any, self.processing_class).save_pretrained(folder)
+        else:
             super().save_model(output_dir, _internal_call)
             return
-        folder = output_dir or cast(str, self.args.output_dir)
-        if isinstance(self.model, PeftModel):
-            adapters.save_adapter(self.model, Path(folder))
-        else:
-            export_model(self._module, Path(folder))
-        if self.args.should_save and self.processing_class is not None:
-            cast(Any, self.processing_class).save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

@@ -215,7 +215,7 @@ class VLLMEngine:
         return torch.compiler.set_stance("force_eager" if self._on_cpu and self._eager else "default")
 
     def _prove(self, folder: Path, before: Sequence[float] | None) -> Proof:
-        reference = _reference_logprobs(folder, self._probe, self._dtype)
+        [reference] = reference_logprobs(folder, [self._probe], self._dtype)
         now = self.logprobs([self._probe])[0]
         proof = Proof(_gap(now, reference), None if before is None else _gap(before, reference))
         if before is not None and list(now) == list(before):
@@ -251,11 +251,19 @@ def _gap(left: Sequence[float], right: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def _reference_logprobs(folder: Path, token_ids: Sequence[int], dtype: str) -> list[float]:
+def reference_logprobs(folder: Path, token_ids: Sequence[Sequence[int]], dtype: str) -> list[list[float]]:
+    """What `VLLMEngine.logprobs` is measured against: transformers' log-probabilities of every token but the first.
+
+    Raises:
+        UserError: a folder that transformers cannot load, or not with every weight accounted for.
+    """
     source = ModelConfig.model_validate({"path": str(folder), "dtype": dtype})
     model = load_pretrained(AutoModelForCausalLM, source, dtype=getattr(torch, dtype))
     model.train(False)
-    ids = torch.tensor([token_ids])
+    return [_logprobs(model, torch.tensor([ids])) for ids in token_ids]
+
+
+def _logprobs(model: nn.Module, ids: torch.Tensor) -> list[float]:
     logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
     return [float(value) for value in logprobs.gather(-1, ids[0, 1:, None])]
 

@@ -28,7 +28,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("run", "inspect", "doctor", "evaluate", "report"):
+    for command in ("run", "inspect", "doctor", "export", "evaluate", "report"):
         assert command in done.stdout
 
 
@@ -46,6 +46,7 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
         (["run", "missing.yaml"], "error: missing.yaml: no such config file"),
         (["inspect", "model", "compass-v22"], "error: compass-v22: neither a preset nor a folder"),
         (["inspect", "rows", "missing.jsonl"], "error: missing.jsonl: no such file"),
+        (["export", "missing", "out"], "error: missing: no such model folder"),
         (
             ["inspect", "rows", "missing.jsonl", "--tokenizer", "./missing"],
             "error: ./missing: no such tokenizer folder",

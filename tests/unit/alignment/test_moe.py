@@ -7,9 +7,11 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alignment.errors import UserError
+from alignment.moe import export
 from alignment.moe.autoep import (
     Fp32Gate,
     check_model,
@@ -19,7 +21,7 @@ from alignment.moe.autoep import (
     install_ernie_preset,
 )
 from alignment.moe.config import expert_parallel_size
-from alignment.moe.export import difference
+from alignment.moe.export import ExportError, check_export, compare_weight, export_model
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 
 SIZES: dict[str, Any] = {
@@ -111,13 +113,62 @@ def test_gate_of_a_bfloat16_model_computes_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "problem"),
+    ("disk", "problem"),
     [
-        ({"a": torch.ones(2), "b": torch.ones(1)}, "weights missing or unexpected: b"),
-        ({"a": torch.ones(2, dtype=torch.bfloat16)}, "a is torch.bfloat16, expected torch.float32"),
-        ({"a": torch.tensor([1.0, 1.0 + 2**-20])}, "a differs from the model in memory"),
-        ({"a": torch.ones(2)}, None),
+        (torch.ones(2, dtype=torch.bfloat16), r"w is torch.bfloat16 of shape \[2\], expected torch.float32 of \[2\]"),
+        (torch.ones(2, 1), r"w is torch.float32 of shape \[2, 1\], expected torch.float32 of \[2\]"),
+        (torch.tensor([torch.nan, 1.0 + 2**-20]), "w differs from the model in memory in 1 of 2 values"),
+        (torch.tensor([-0.0, 2.0]), "w differs from the model in memory in 2 of 2 values"),
     ],
 )
-def test_difference_of_what_was_written(found: dict[str, torch.Tensor], problem: str | None) -> None:
-    assert difference({"a": torch.ones(2)}, found) == problem
+def test_weight_that_differs_is_named(disk: torch.Tensor, problem: str) -> None:
+    with pytest.raises(ExportError, match=problem):
+        compare_weight("w", torch.tensor([torch.nan, 1.0]), disk)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -0.0])
+def test_weight_with_the_same_bits_is_the_same(value: float) -> None:
+    compare_weight("w", torch.tensor([[value, 1.0]]), torch.tensor([[value, 1.0]]))
+    compare_weight("scalar", torch.tensor(value, dtype=torch.bfloat16), torch.tensor(value, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 2_000])
+def test_one_process_writes_what_transformers_would(shard_bytes: int, tmp_path: Path) -> None:
+    """The same weights under the same names, and the same configs; but written aside, and compared."""
+    model = Ernie4_5_MoeForCausalLM._from_config(ernie(4).config, dtype=torch.bfloat16)  # its routers stay in float32
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, True
+    export_model(model, tmp_path / "ours", shard_bytes=shard_bytes)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=shard_bytes)
+    ours, theirs = (
+        {key: tensor for path in folder.glob("*.safetensors") for key, tensor in load_file(path).items()}
+        for folder in (tmp_path / "ours", tmp_path / "theirs")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "ours" / name).read_text() == (tmp_path / "theirs" / name).read_text()
+    assert (tmp_path / "ours" / "model.safetensors.index.json").exists() == (shard_bytes == 2_000)
+    check_export(model, tmp_path / "ours")
+
+
+def test_weight_that_the_folder_could_not_hold_is_refused(tmp_path: Path) -> None:
+    model = ernie(4)
+    model.model.register_parameter("extra", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(ExportError, match="model.extra: only one of the engine and Ernie4_5_MoeForCausalLM has"):
+        export_model(model, tmp_path / "model")
+
+
+def test_failed_export_leaves_the_former_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ernie(4)
+    export_model(model, tmp_path / "model")
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    with pytest.raises(
+        ExportError, match=r"model.embed_tokens.weight differs from the model in memory in 128 of 128 values"
+    ):
+        check_export(model, tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(export, "save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(ExportError, match="OSError: No space left on device"):
+        export_model(model, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

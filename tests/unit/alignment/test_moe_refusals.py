@@ -96,7 +96,9 @@ def test_optimizer_without_groups_of_experts_is_refused() -> None:
 
 def test_reentrant_checkpointing_is_refused() -> None:
     def check(options: dict[str, Any] | None) -> None:
-        args = SimpleNamespace(bf16=False, gradient_checkpointing=True, gradient_checkpointing_kwargs=options)
+        args = SimpleNamespace(
+            bf16=False, save_on_each_node=False, gradient_checkpointing=True, gradient_checkpointing_kwargs=options
+        )
         ExpertParallelTrainerMixin._check_arguments(cast(Any, SimpleNamespace(args=args)))
 
     check(None)
