@@ -139,7 +139,7 @@ def _with_adapter(base: ModelConfig, adapter: Path) -> PeftModel:
     model = models.load_pretrained(AutoModelForCausalLM, base, dtype=getattr(torch, base.dtype))
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (*models.UNREADABLE, RuntimeError) as error:
         raise UserError(f"{adapter}: not an adapter of {base.path}: {str(error).splitlines()[0]}") from None
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if other := expected.keys() ^ load_file(adapter / WEIGHTS).keys():

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -108,7 +109,7 @@ def _write_and_compare(model: PeftModel, folder: Path) -> str | None:
         config.save_pretrained(str(folder))
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         written = load_file(folder / WEIGHTS)
-    except OSError as error:  # the other ranks are waiting for a word
+    except (OSError, SafetensorError) as error:  # the other ranks are waiting for a word
         return f"{type(error).__name__}: {error}"
     if wrong := written.keys() ^ _plain_names(model):
         return f"names that plain peft lacks or misses: {', '.join(sorted(wrong)[:3])}"
