@@ -40,12 +40,3 @@ def choices() -> list[Choice]:
         Choice(operation, torch) if fused == torch else Choice(operation, torch, fused, reason)
         for operation, fused, torch in TABLE
     ]
-
-
-def autoep_options() -> dict[str, str]:
-    """What `expert_parallel` of a DeepSpeed config should say besides its size, for this machine.
-
-    `gate_up_impl` stays as it is: "fused" joins the weights of gate and up anew in every call, and nobody has measured
-    whether the larger GEMM is worth it.
-    """
-    return {} if why_no_triton() else {"combine_impl": "fused_weighted_sum"}

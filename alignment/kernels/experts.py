@@ -1,7 +1,7 @@
 """Routed experts: permute, grouped GEMM, SwiGLU, grouped GEMM, restore.
 
 Registered with transformers' interface for experts, so every family takes it whose experts are SwiGLU without biases in
-stacked weights. Expert parallelism has experts of DeepSpeed's own; see `alignment.kernels.choices.autoep_options`.
+stacked weights. Expert parallelism has experts of DeepSpeed's own.
 Shapes: T tokens, K experts a token, R = T K rows, E experts, D model dim, I expert width.
 """
 

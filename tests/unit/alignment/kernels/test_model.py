@@ -145,13 +145,11 @@ def test_choices_name_what_runs_and_why_not_the_fused_one(monkeypatch: pytest.Mo
     found = {choice.operation: choice.detail for choice in choices.choices()}
     assert found["RMSNorm"] == "torch, not Liger: Triton needs an NVIDIA GPU"
     assert found["Expert GEMM"] == "torch grouped_mm"
-    assert choices.autoep_options() == {}
 
     monkeypatch.setattr(choices, "why_no_triton", lambda: None)
     fused = {choice.operation: choice.detail for choice in choices.choices()}
     assert fused.keys() == found.keys()
     assert fused["RMSNorm"] == "Liger"
-    assert choices.autoep_options() == {"combine_impl": "fused_weighted_sum"}
 
 
 class LargestTensor(TorchDispatchMode):
