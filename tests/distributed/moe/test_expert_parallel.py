@@ -129,8 +129,8 @@ def test_a_launch_that_lost_deepspeed_is_refused(tmp_path: Path) -> None:
 def test_every_model_family_trains_and_exports(tmp_path: Path) -> None:
     """For each preset: logits before and after AutoEP, of the engine and its reload, and of the routers' gates.
 
-    The gates compute in float32, also in bfloat16, where they would else be wrong by 1e-2 here. There only the logits
-    of families whose own gates in transformers do so too can agree: the others route a token near a tie elsewhere.
+    The gates compute in float32, also in bfloat16. There only the logits of families whose own gates in transformers do
+    so too can agree: the others route a token near a tie elsewhere.
     """
     finished = launch("families.py", tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
