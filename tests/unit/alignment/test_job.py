@@ -351,7 +351,7 @@ SCRIPT = '''
 """A job that counts."""
 import sys, time
 from alignment import job
-from alignment.config import JobConfig, TrainingConfig
+from alignment.config import JobConfig
 
 class Recipe(JobConfig):
     steps: int
