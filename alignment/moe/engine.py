@@ -47,7 +47,8 @@ def mend_universal_load(engine: Any) -> None:
         if group.get("moe"):
             group["name"] = layer.ep_group_name
     for state in engine.basic_optimizer.state.values():
-        state["step"] = torch.as_tensor(state["step"]).clone()
+        if torch.is_tensor(state.get("step")):  # torch's AdamW counts in place; others hold a number
+            state["step"] = state["step"].clone()
 
 
 def check_expert_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

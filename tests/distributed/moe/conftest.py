@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 HERE = Path(__file__).parent
-SECONDS = 400
+SECONDS = 550  # a loaded machine takes several times what a quiet one does
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 

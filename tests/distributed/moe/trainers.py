@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import deepspeed
+import gates
 import layouts
 import torch
 import torch.distributed as dist
@@ -147,8 +148,11 @@ def resumed(
 
 
 def case_layouts(_: Path) -> Result:
-    install_ernie_preset()
     return layouts.measure()
+
+
+def case_gates(_: Path) -> Result:
+    return gates.measure()
 
 
 def case_resume(out: Path) -> Result:
@@ -233,6 +237,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     ddp_backend()
     deepspeed.init_distributed(dist_backend="gloo")
+    install_ernie_preset()
     for case in sys.argv[2:]:
         result = globals()[f"case_{case}"](out / case)
         name = f"layouts-of-{dist.get_world_size()}-" if case == "layouts" else case

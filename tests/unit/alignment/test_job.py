@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from alignment import job
-from alignment.config import JobConfig
+from alignment.config import JobConfig, TrainingConfig
 from alignment.errors import UserError
 
 NAME = "test.job"
@@ -101,6 +101,29 @@ def test_run_killed_between_its_first_two_files_is_resumed(recipe: Recipe) -> No
         (this.dir / "resolved_config.yaml").unlink()
     with open_job(recipe) as again:
         assert {p.name for p in again.dir.iterdir()} == BOOKKEEPING
+
+
+class Training(JobConfig):
+    training: TrainingConfig
+
+
+def test_accumulation_may_change_until_a_run_is_done(tmp_path: Path) -> None:
+    """More ranks run fewer micro-batches each; another rate stays another run."""
+
+    def settings(accumulation: int, rate: float = 1.0) -> Training:
+        training = TrainingConfig(learning_rate=rate, accumulation=accumulation)
+        return Training(output_dir=tmp_path / "out", training=training)
+
+    with job.Job.open(NAME, settings(2)):
+        pass
+    with job.Job.open(NAME, settings(1)) as this:
+        assert yaml.safe_load((this.dir / "resolved_config.yaml").read_text())["training"]["accumulation"] == 1
+    with pytest.raises(UserError, match=r"training.learning_rate was 1.0, is 2.0"):
+        job.Job.open(NAME, settings(2, rate=2.0))
+    with job.Job.open(NAME, settings(1)) as this:
+        this.finish({})
+    with pytest.raises(UserError, match="training.accumulation was 1, is 2"):
+        job.Job.open(NAME, settings(2))
 
 
 # refusals

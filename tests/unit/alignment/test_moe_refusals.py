@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from alignment.errors import UserError
@@ -79,6 +80,14 @@ def test_every_recipe_is_accepted(path: Path, launched_with: Callable[[dict[str,
     launched_with(json.loads(path.read_text()))
     check_launcher_config()
     check_precision(bf16=True)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_launch_has_processes_for_its_experts(path: Path) -> None:
+    launch = yaml.safe_load(path.read_text())
+    config = json.loads((ROOT / launch["deepspeed_config"]["deepspeed_config_file"]).read_text())
+    assert launch["num_processes"] % config["expert_parallel"]["autoep_size"] == 0
+    assert launch["num_processes"] >= launch["num_machines"]
 
 
 def test_optimizer_without_groups_of_experts_is_refused() -> None:
