@@ -35,12 +35,13 @@ from alignment.moe.routing import RouterWatch, Routing
 from alignment.moe.trainer import ddp_backend
 from benchmarks import in_turns, report, speedup
 
-RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 512, 384, 256, 48, 4
+RANKS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 384, 256, 48, 4
+TOKENS, SKEWED_TOKENS = 256, 512
 ROUTERS, ROUNDS, SHARE_ROUNDS = 7, 5, 21
 STEP_TOKENS = 512  # the demo's packs
 SKEW = 8.0  # added to one expert's logit, where the others have a standard deviation of 1
 SETTINGS = {
-    "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32", "tokens_a_rank": TOKENS, "hidden": HIDDEN,
+    "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32", "hidden": HIDDEN,
     "expert_width": WIDTH, "experts": EXPERTS, "top_k": TOP_K,
 }  # fmt: skip
 
@@ -67,12 +68,12 @@ class Layers:
         self.ours = under_autoep(one_layer())
         self.classic = classic_layer(self.eager.experts, rank)
         generator = torch.Generator().manual_seed(rank)
-        self.x_1TD = torch.randn(1, TOKENS, HIDDEN, generator=generator)
-        self.x_1TD[..., -1] = 1  # so that the last column of the router's weights is a bias
-        self.gradient_1TD = torch.randn(1, TOKENS, HIDDEN, generator=generator)
+        self.rows_1TD, self.gradients_1TD = torch.randn(2, 1, SKEWED_TOKENS, HIDDEN, generator=generator)
+        self.rows_1TD[..., -1] = 1  # so that the last column of the router's weights is a bias
 
-    def route(self, router: int, skew: float = 0.0) -> None:
-        """Draw the router's weights, and add `skew` to the first expert's logit."""
+    def route(self, router: int, tokens: int, skew: float = 0.0) -> None:
+        """Draw the router's weights, add `skew` to the first expert's logit, and pass this many tokens from now on."""
+        self.x_1TD, self.gradient_1TD = self.rows_1TD[:, :tokens], self.gradients_1TD[:, :tokens].contiguous()
         gate_ED = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(router)) / HIDDEN**0.5
         gate_ED[:, -1] = 0
         gate_ED[0, -1] = skew
@@ -116,7 +117,7 @@ class Layers:
     def fullest_over_mean(self) -> float:
         fullest = self.classic.deepspeed_moe.exp_counts.max().clone()
         dist.all_reduce(fullest, op=dist.ReduceOp.MAX)
-        return fullest.item() / (TOKENS * TOP_K / EXPERTS)
+        return fullest.item() / (self.x_1TD.shape[1] * TOP_K / EXPERTS)
 
 
 def resident(field: str) -> int:
@@ -179,11 +180,11 @@ def measure(rank: int) -> None:
 
     balanced, fullest = [], []
     for router in range(ROUTERS):
-        layers.route(router)
+        layers.route(router, TOKENS)
         balanced.append(compare(layers.classic))
         fullest.append(layers.fullest_over_mean())
     over_eager = compare(layers.eager)
-    layers.route(0, SKEW)
+    layers.route(0, SKEWED_TOKENS, SKEW)
     skewed, skewed_fullest = compare(layers.classic), layers.fullest_over_mean()
     ours_bytes, classic_bytes = layers.peak_bytes(layers.ours), layers.peak_bytes(layers.classic)
     if rank > 0:
@@ -191,10 +192,11 @@ def measure(rank: int) -> None:
     classic = f"deepspeed {deepspeed.__version__} moe.layer.MoE, k=4, no tokens dropped"
     eager = f"transformers {transformers.__version__} eager experts, all of them on each rank"
     ours, peers = (mean([pair[side] for pair in balanced]) for side in (0, 1))
-    settings = SETTINGS | {"routers": ROUTERS, "fullest_over_mean": round(mean(fullest), 2)}
+    settings = SETTINGS | {"tokens_a_rank": TOKENS}
+    speedup("moe.experts_over_eager", eager, over_eager, ROUNDS, **settings)
+    settings |= {"routers": ROUTERS, "fullest_over_mean": round(mean(fullest), 2)}
     speedup("moe.autoep_over_classic_balanced", classic, (ours, peers), ROUNDS, **settings)
-    speedup("moe.experts_over_eager", eager, over_eager, ROUNDS, **SETTINGS)
-    settings = SETTINGS | {"fullest_over_mean": round(skewed_fullest, 2)}
+    settings = SETTINGS | {"tokens_a_rank": SKEWED_TOKENS, "fullest_over_mean": round(skewed_fullest, 2)}
     speedup("moe.autoep_over_classic_skewed", classic, skewed, ROUNDS, **settings)
     settings |= {"measure": "peak resident bytes that a pass adds", "bytes": ours_bytes, "peer_bytes": classic_bytes}
     settings["peer_value"] = 1.0

@@ -36,7 +36,11 @@ def folder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
 
 def dry_run(folder: Path, expert_parallel: int) -> subprocess.CompletedProcess[str]:
     experts = {"enabled": True, "autoep_size": expert_parallel}
-    config = {"zero_optimization": {"stage": 3}, "expert_parallel": experts}
+    config = {
+        "zero_optimization": {"stage": 3},
+        "expert_parallel": experts,
+        "optimizer": {"type": "AdamW", "params": {}},
+    }
     (folder / "deepspeed.json").write_text(json.dumps(config))
     launcher = ["-m", "alignment.launch", "--config_file", "launcher.yaml", "--machine_rank", "3"]
     command = [sys.executable, *launcher, "-m", "sft.train", "--config", "job.yaml", "--dry-run"]
