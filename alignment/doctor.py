@@ -265,9 +265,9 @@ def expert_parallelism() -> Check:
 
         # DeepSpeed warns aloud where it has to find the device by itself.
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        from alignment.moe.autoep import DEEPSPEED_VERSION, install_ernie_preset
+        from alignment.moe.autoep import DEEPSPEED_VERSION, install_autoep
 
-        install_ernie_preset()
+        install_autoep()
     except UserError as error:
         return Check(name, "wrong", str(error).splitlines()[0], SETUP)
     except BROKEN as error:

@@ -28,8 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import silu
 
 from alignment.models import preset_config
-from alignment.moe.autoep import autoep_layers, install_ernie_preset
-from alignment.moe.dispatch import install_cpu_dispatch
+from alignment.moe.autoep import autoep_layers, install_autoep
 from alignment.moe.router_losses import expert_counts, load_share, router_losses
 from alignment.moe.routing import RouterWatch, Routing
 from alignment.moe.trainer import ddp_backend
@@ -249,8 +248,7 @@ def rank_main(rank: int, store: str) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(dist_backend=backend)
-    install_ernie_preset()
-    install_cpu_dispatch()
+    install_autoep()
     measure(rank)
     dist.destroy_process_group()
 

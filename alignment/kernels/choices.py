@@ -26,8 +26,8 @@ TABLE = (
     ("SwiGLU", "DeepSpeed", "torch"),
     ("Cross-entropy", "TRL's chunked LM head on Triton", "TRL's chunked LM head in torch"),
     ("Expert GEMM", "torch grouped_mm", "torch grouped_mm"),
-    ("Token permute", "torch gather, backward by DeepSpeed", "torch gather, backward by slots"),
-    ("Token restore", "DeepSpeed", "torch, by slots"),
+    ("Token permute", "torch gather, backward by DeepSpeed", "torch gather and embedding_bag"),
+    ("Token restore", "DeepSpeed", "torch embedding_bag"),
 )
 
 

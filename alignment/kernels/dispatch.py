@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 from alignment.kernels import device
 
@@ -64,9 +65,10 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if not device.takes_triton(grad_RD):
+            return _weighted_sum(grad_RD, None, ctx.to), None
         ones_TK = torch.ones(ctx.to.row_TK.shape, device=grad_RD.device)
-        total = _fused_weighted_sum if device.takes_triton(grad_RD) else _weighted_sum
-        return total(grad_RD, ones_TK, ctx.to), None
+        return _fused_weighted_sum(grad_RD, ones_TK, ctx.to), None
 
 
 class _Restore(torch.autograd.Function):
@@ -87,11 +89,10 @@ class _Restore(torch.autograd.Function):
         return grad_rows_RD, grad_score_R[ctx.to.row_TK].to(score_TK.dtype), None
 
 
-def _weighted_sum(rows_RD: torch.Tensor, score_TK: torch.Tensor, to: Routes) -> torch.Tensor:
-    out_TD = torch.zeros(len(score_TK), rows_RD.shape[1], device=rows_RD.device)
-    for row_T, score_T in zip(to.row_TK.unbind(1), score_TK.float().unbind(1), strict=True):
-        out_TD.addcmul_(rows_RD.index_select(0, row_T).float(), score_T[:, None])
-    return out_TD.to(rows_RD.dtype)
+def _weighted_sum(rows_RD: torch.Tensor, score_TK: torch.Tensor | None, to: Routes) -> torch.Tensor:
+    score_TK = None if score_TK is None else score_TK.float()
+    summed_TD = embedding_bag(to.row_TK, rows_RD.float(), mode="sum", per_sample_weights=score_TK)
+    return summed_TD.to(rows_RD.dtype)
 
 
 def _fused_weighted_sum(rows_RD: torch.Tensor, score_TK: torch.Tensor, to: Routes) -> torch.Tensor:

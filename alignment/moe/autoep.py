@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn import functional
 
 from alignment.errors import UserError
+from alignment.moe.dispatch import install_cpu_dispatch
 
 DEEPSPEED_VERSION = "0.19.8"
 ERNIE = "ernie4_5_moe"
 
 
-def install_ernie_preset() -> None:
+def install_autoep() -> None:
     """Register the preset of Ernie4_5_Moe with AutoEP, and give every preset's router a float32 gate.
 
     Doing it twice changes nothing.
@@ -42,6 +43,7 @@ def install_ernie_preset() -> None:
         router = _fp32_router()
     except ImportError as error:
         raise UserError(f"the deepspeed installed here lacks a name that expert parallelism needs: {error}") from error
+    install_cpu_dispatch()
     vars(auto_ep_layer).update(TokenChoiceTopKRouter=router)  # the class that AutoEP builds every router from
     _PRESET_ADAPTERS[ERNIE] = adapter
     PRESET_MODELS[ERNIE] = MoEModelPreset(

@@ -12,9 +12,9 @@ W ranks of the expert group, L experts of a rank.
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding_bag
 
 from alignment.errors import UserError
+from alignment.kernels.dispatch import permute, restore, routes
 
 
 def install_cpu_dispatch() -> None:
@@ -50,20 +50,18 @@ def install_cpu_dispatch() -> None:
         routed = RouterOutput(*layer.router(x_TD, layer.expert_bias))
         with torch.no_grad():
             layer.tokens_per_expert.add_(routed.num_tokens_per_expert)
-            order_N = torch.argsort(routed.selected_experts.view(-1), stable=True)
-            slot_TK = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N)))
-            slot_TK = slot_TK.view_as(routed.selected_experts)
+            to = routes(routed.selected_experts, layer.num_experts)
         sizes = (layer.num_experts, layer.ep_size, layer.num_local_experts, layer.ep_group)
         plan = compute_split_plan(routed.selected_experts, *sizes, routed.num_tokens_per_expert)
         sent, received, counts_WL = plan.input_splits, plan.output_splits, plan.local_counts_by_source
-        rows_ND = Spread.apply(x_TD, order_N // layer.top_k, slot_TK)
+        rows_ND = permute(x_TD, to)
         if layer.ep_size > 1:
             rows_ND = _AllToAllV.apply(layer.ep_group, rows_ND, sent, received)  # [R, D] from here
         rows_ND = layer.experts(transpose_blocks(rows_ND, counts_WL), counts_WL.sum(0))
         rows_ND = transpose_blocks(rows_ND, counts_WL.T)
         if layer.ep_size > 1:
             rows_ND = _AllToAllV.apply(layer.ep_group, rows_ND, received, sent)
-        out_BSD = Collect.apply(rows_ND, routed.top_scores, order_N, slot_TK).view_as(hidden_BSD)
+        out_BSD = restore(rows_ND, routed.top_scores, to).view_as(hidden_BSD)
         return layer._finalize_output(out_BSD, x_TD, hidden_BSD, hidden_BSD.shape[-1])
 
     forward.is_cpu_dispatch = True  # type: ignore[attr-defined]
@@ -77,37 +75,3 @@ def transpose_blocks(rows_RD: torch.Tensor, counts_XY: torch.Tensor) -> torch.Te
     blocks = rows_RD.split(counts_XY.flatten().tolist())
     width = counts_XY.shape[1]
     return torch.cat([block for y in range(width) for block in blocks[y::width]])
-
-
-class Spread(torch.autograd.Function):
-    """x[token_N]: every token once for each of its K experts; the gradient is the sum of those K rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, token_N: torch.Tensor, slot_TK: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(slot_TK)
-        return x_TD.index_select(0, token_N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (slot_TK,) = ctx.saved_tensors
-        return embedding_bag(slot_TK, grad_ND.float(), mode="sum").to(grad_ND.dtype), None, None
-
-
-class Collect(torch.autograd.Function):
-    """The sum over a token's K experts of score times output, taken in float32; `slot_TK` says where each row lies."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_ND: torch.Tensor, score_TK: torch.Tensor, order_N: torch.Tensor, slot_TK: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(rows_ND, score_TK, order_N, slot_TK)
-        summed_TD = embedding_bag(slot_TK, rows_ND.float(), mode="sum", per_sample_weights=score_TK.float())
-        return summed_TD.to(rows_ND.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        rows_ND, score_TK, order_N, slot_TK = ctx.saved_tensors
-        grad_ND = grad_TD.float().index_select(0, order_N // score_TK.shape[1])
-        score_grad_N = torch.linalg.vecdot(rows_ND.float(), grad_ND)
-        rows_grad_ND = grad_ND.mul_(score_TK.flatten()[order_N].float().unsqueeze(1))
-        return rows_grad_ND.to(rows_ND.dtype), score_grad_N[slot_TK].to(score_TK.dtype), None, None

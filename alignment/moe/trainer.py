@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from alignment.errors import UserError
 from alignment.moe import adapters
-from alignment.moe.autoep import autoep_layers, check_model, freeze_correction_bias, install_ernie_preset
+from alignment.moe.autoep import autoep_layers, check_model, freeze_correction_bias, install_autoep
 from alignment.moe.config import check_launcher_config, check_precision, expert_parallel_size
 from alignment.moe.engine import mend_universal_load, prepare_engine, refusal
 from alignment.moe.export import export_model
@@ -50,7 +50,7 @@ class ExpertParallelTrainerMixin(Trainer):
         self.expert_parallel_size = expert_parallel_size()
         if self.expert_parallel_size:
             check_launcher_config()
-            install_ernie_preset()  # before TRL makes an engine of the reference model
+            install_autoep()  # before TRL makes an engine of the reference model
         super().__init__(*args, **kwargs)
         if self.expert_parallel_size:
             self._check_launch()

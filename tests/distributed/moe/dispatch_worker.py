@@ -12,8 +12,7 @@ from torch import nn
 from transformers import Ernie4_5_MoeForCausalLM
 from worker import tiny_config
 
-from alignment.moe.autoep import autoep_layers, install_ernie_preset
-from alignment.moe.dispatch import install_cpu_dispatch
+from alignment.moe.autoep import autoep_layers, install_autoep
 from alignment.moe.trainer import ddp_backend
 
 STOCK = AutoEPMoELayer._forward
@@ -65,9 +64,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     ddp_backend()
     deepspeed.init_distributed(dist_backend="gloo")
-    install_ernie_preset()
-    install_cpu_dispatch()
-    install_cpu_dispatch()
+    install_autoep()
     rank = torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(rank)
     results = {}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_ernie_preset
+from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_autoep
 from alignment.moe.export import ExportError, check_export, export_model, hf_weights
 from alignment.moe.trainer import ddp_backend
 
@@ -183,7 +183,7 @@ def main() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
     ddp_backend()
     deepspeed.init_distributed(dist_backend="gloo")
-    install_ernie_preset()
+    install_autoep()
     found = faults(folder) if mode == "faults" else memory(folder)
     (folder / f"{mode}{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
     torch.distributed.barrier()

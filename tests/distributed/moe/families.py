@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from alignment.moe.autoep import check_model, check_replaced, freeze_correction_bias, install_ernie_preset
+from alignment.moe.autoep import check_model, check_replaced, freeze_correction_bias, install_autoep
 from alignment.moe.export import export_model
 from alignment.moe.trainer import ddp_backend
 
@@ -93,7 +93,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     ddp_backend()
     deepspeed.init_distributed(dist_backend="gloo")
-    install_ernie_preset()
+    install_autoep()
     results = {family: run(family, folder) for family in sys.argv[2:] or FAMILIES}
     (folder / f"families{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
     torch.distributed.barrier()

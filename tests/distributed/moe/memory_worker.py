@@ -10,7 +10,7 @@ import torch
 from transformers import Ernie4_5_MoeForCausalLM
 from worker import tiny_config
 
-from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_ernie_preset
+from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_autoep
 from alignment.moe.memory import Sharding, count_experts, held
 from alignment.moe.trainer import ddp_backend
 
@@ -83,7 +83,7 @@ def optimizer_tensors(optimizer: Any, distinct_from: list[torch.Tensor]) -> list
 def main() -> None:
     ddp_backend()
     deepspeed.init_distributed(dist_backend="gloo")
-    install_ernie_preset()
+    install_autoep()
     results = {f"{stage} {dtype}": measured(stage, dtype) for stage in range(4) for dtype in ("float32", "bfloat16")}
     rank = torch.distributed.get_rank()
     (Path(sys.argv[1]) / f"memory{rank}.json").write_text(json.dumps(results))

@@ -30,7 +30,7 @@ from alignment import training
 from alignment.config import JobConfig, TrainingConfig
 from alignment.errors import UserError
 from alignment.job import Job
-from alignment.moe.autoep import install_ernie_preset
+from alignment.moe.autoep import install_autoep
 from alignment.moe.trainer import ExpertParallelTrainerMixin, ddp_backend
 
 STEPS, SAVE, ROWS = 6, 2, 8
@@ -237,7 +237,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     ddp_backend()
     deepspeed.init_distributed(dist_backend="gloo")
-    install_ernie_preset()
+    install_autoep()
     for case in sys.argv[2:]:
         result = globals()[f"case_{case}"](out / case)
         name = f"layouts-of-{dist.get_world_size()}-" if case == "layouts" else case

@@ -241,7 +241,7 @@ def test_a_name_of_deepspeeds_that_moved_is_refused(monkeypatch: pytest.MonkeyPa
 def test_presets_match_with_and_without_an_adapter() -> None:
     from deepspeed.module_inject.auto_ep_presets.registry import PRESET_MODELS
 
-    autoep.install_ernie_preset()
+    autoep.install_autoep()
     for _ in range(2):
         moe_adapters.prepare(peft_model(), zero_stage=1)
     pattern = re.compile(PRESET_MODELS[autoep.ERNIE].moe_layer_pattern)

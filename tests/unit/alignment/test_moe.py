@@ -18,7 +18,7 @@ from alignment.moe.autoep import (
     check_replaced,
     check_sizes,
     freeze_correction_bias,
-    install_ernie_preset,
+    install_autoep,
 )
 from alignment.moe.config import expert_parallel_size
 from alignment.moe.export import ExportError, check_export, compare_weight, export_model
@@ -63,7 +63,7 @@ def test_other_deepspeed_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
     with pytest.raises(UserError, match=r"written for deepspeed 0\.19\.8, found 0\.20\.0"):
-        install_ernie_preset()
+        install_autoep()
 
 
 def test_private_name_that_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_private_name_that_moved_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.delattr(registry, "_PRESET_ADAPTERS")
     with pytest.raises(UserError, match="_PRESET_ADAPTERS"):
-        install_ernie_preset()
+        install_autoep()
 
 
 def test_expert_parallel_size_is_read_from_the_launchers_config(
