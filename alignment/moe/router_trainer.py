@@ -49,7 +49,8 @@ class RouterLossMixin(Trainer):
         super().__init__(*args, **kwargs)
         self.router = router if router is not None and any(moe_blocks(cast(nn.Module, self.model))) else None
         self.expert_load: list[list[float]] | None = None  # of each layer, at the last log line; 1 is an even share
-        self._router_scope = router.scope if router is not None else None
+        # Only the balance loss knows a scope: without it nothing has to be counted ahead.
+        self._router_scope = router.scope if router is not None and router.balance else "micro"
         self._router_watch: RouterWatch | None = None
         self._router_sums: dict[str, Tensor] = {}  # since the last log line, on this rank
         self._router_steps_logged = 0
