@@ -53,7 +53,7 @@ class RouterLossMixin(Trainer):
         self._router_scope = router.scope if router is not None and router.balance else "micro"
         self._router_watch: RouterWatch | None = None
         self._router_sums: dict[str, Tensor] = {}  # since the last log line, on this rank
-        self._router_steps_logged = 0
+        self._router_steps = 0  # since the last log line
 
     def routed_tokens(self, inputs: dict[str, Any]) -> Tensor:
         """[B, T], true for the tokens of a batch that count; a trainer with fillers of its own leaves them out."""
@@ -67,6 +67,7 @@ class RouterLossMixin(Trainer):
         if self.router is not None and batches:
             if self._router_watch is None:  # AutoEP has replaced the layers by now
                 self._router_watch = RouterWatch(cast(nn.Module, self.model))
+            self._router_steps += 1
             tokens = torch.stack([self.routed_tokens(batch).sum() for batch in batches]).sum().to(self.args.device)
             self._router_tokens = cast(Tensor, self.accelerator.reduce(tokens, "sum"))
             ahead = self._router_scope == "global" and len(batches) > 1
@@ -156,13 +157,11 @@ class RouterLossMixin(Trainer):
             name: piece.view(old.shape) for (name, old), piece in zip(self._router_sums.items(), pieces, strict=True)
         }
         self._router_sums = {}
-        step = self.state.global_step
-        steps = step - self._router_steps_logged
-        self._router_steps_logged = step
+        steps, self._router_steps = self._router_steps, 0
         self._total_loss_scalar -= float(sums["added"])  # of transformers: the mean loss that it states at the end
         load_LE = load_share(sums["counts"]) * sums["counts"].shape[-1]
         self.expert_load = [[round(load, 3) for load in layer] for layer in load_LE.tolist()]
-        now = coefficients(self.router, (step - 1) / max(1, self.state.max_steps))
+        now = coefficients(self.router, (self.state.global_step - 1) / max(1, self.state.max_steps))
         return {
             "router/balance_loss": float(sums["balance"].mean()) / steps,
             "router/balance_coefficient": now.balance,
