@@ -1,9 +1,8 @@
 """LoRA adapters on two gloo ranks with DeepSpeed AutoEP under a real Trainer, against one process and plain peft."""
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,8 @@ from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, PreTrainedTok
 from alignment.adapters import merge_adapter
 from alignment.config import ModelConfig
 
-ROOT = Path(__file__).parents[3]
-HERE = Path(__file__).parent
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 5
-SECONDS = 400
 SHAPE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "moe_intermediate_size": 16,
@@ -45,27 +42,15 @@ TWO_RANKS = [
 ONE_PROCESS = [{"name": "one"}, {"name": "one_qwen", "base": "qwen2"}]
 
 
-def launch(out: Path, cases: list[dict[str, Any]], ranks: int) -> None:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "DS_"))}
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu-ep2.yaml"]
-    command += [str(HERE / "adapter_worker.py"), str(out), json.dumps(cases)]
-    finished = subprocess.run(
-        command, check=False, env=kept | settings, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adapters")
     for name, config in BASES.items():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(out / name)
-    launch(out, ONE_PROCESS, ranks=1)
-    launch(out, TWO_RANKS, ranks=2)
+    for cases, ranks in ((ONE_PROCESS, 1), (TWO_RANKS, 2)):
+        finished = launch("adapter_worker.py", out, json.dumps(cases), ranks=ranks)
+        assert finished.returncode == 0, finished.stderr[-4000:]
     return out
 
 

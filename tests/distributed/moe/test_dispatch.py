@@ -1,27 +1,17 @@
 """The CPU token exchange against DeepSpeed's own: the same outputs and gradients of the same layer on two ranks."""
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).parent
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 GRADIENTS = {"out", "x", "experts.w1", "experts.w2", "experts.w3", "router.gate.weight"}
 
 
-def test_outputs_and_gradients_are_those_of_the_stock_layer(tmp_path: Path) -> None:
+def test_outputs_and_gradients_are_those_of_the_stock_layer(launch: Launch, tmp_path: Path) -> None:
     """Unequal token counts, EP 1 and 2, and all tokens on the same experts; in bfloat16 ours sums in float32."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_DEEPSPEED": "true"}
-    finished = subprocess.run(
-        [*command, str(HERE / "dispatch_worker.py"), str(tmp_path)],
-        check=False,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    finished = launch("dispatch_worker.py", tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
     for rank in range(2):
         results = json.loads((tmp_path / f"dispatch{rank}.json").read_text())

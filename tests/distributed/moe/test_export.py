@@ -4,9 +4,8 @@ Four gloo ranks with experts held twice under ZeRO-3, where every parameter is p
 """
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-ROOT = Path(__file__).parents[3]
-WORKER = Path(__file__).with_name("export_worker.py")
-SECONDS = 400
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 EXPERT = "model.layers.1.mlp.experts"
 
 
-def launch(folder: Path, mode: str, ranks: int) -> list[dict[str, str | float]]:
+def exported(launch: Launch, folder: Path, mode: str, ranks: int) -> list[dict[str, str | float]]:
     """What each rank found."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "DS_"))}
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     # What is freed goes back at once, as glibc does with tensors over 32 MiB: the peak is what is held, not its debris.
-    settings["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    config = ROOT / "configs" / "accelerate" / "cpu-ep2.yaml"
-    command = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", ranks, WORKER]
-    finished = subprocess.run(
-        [sys.executable, *map(str, [*command, folder, mode])],
-        check=False,
-        env=kept | settings,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    finished = launch("export_worker.py", folder, mode, ranks=ranks, MALLOC_MMAP_THRESHOLD_="65536")
     assert finished.returncode == 0, finished.stderr[-4000:]
     return [json.loads((folder / f"{mode}{rank}.json").read_text()) for rank in range(ranks)]
 
@@ -47,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def faults(folder: Path) -> list[dict[str, str | float]]:
-    return launch(folder, "faults", ranks=4)
+def faults(launch: Launch, folder: Path) -> list[dict[str, str | float]]:
+    return exported(launch, folder, "faults", ranks=4)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +78,9 @@ def test_export_under_zero_3_is_the_model_in_the_engine(folder: Path, faults: li
             torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=1e-5)
 
 
-def test_rank_0_holds_about_a_shard_and_not_the_model(tmp_path: Path) -> None:
+def test_rank_0_holds_about_a_shard_and_not_the_model(launch: Launch, tmp_path: Path) -> None:
     """A model of 264 MiB in shards of 24; its greatest weight has 16. Gathering all of it first takes 224."""
-    rank_0, rank_1 = launch(tmp_path, "memory", ranks=2)
+    rank_0, rank_1 = exported(launch, tmp_path, "memory", ranks=2)
     assert rank_0["export"] < 3 * 24
     assert rank_1["export"] < 24
     assert rank_0["whole_model"] > 200, "else the measurement sees nothing"

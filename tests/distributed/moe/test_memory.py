@@ -1,28 +1,18 @@
 """The memory plan against what two ranks really hold, for every ZeRO stage in float32 and bfloat16."""
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_plan_is_what_the_engine_holds(tmp_path: Path) -> None:
+def test_plan_is_what_the_engine_holds(launch: Launch, tmp_path: Path) -> None:
     """To a thousandth; the correction biases, 8 numbers, are planned though frozen."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_DEEPSPEED": "true"}
-    finished = subprocess.run(
-        [*command, str(HERE / "memory_worker.py"), str(tmp_path)],
-        check=False,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    finished = launch("memory_worker.py", tmp_path)
     assert finished.returncode == 0, finished.stderr[-4000:]
     for rank in range(2):
         results = json.loads((tmp_path / f"memory{rank}.json").read_text())
