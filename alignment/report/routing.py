@@ -49,9 +49,12 @@ def _blocks(run: Run, name: str) -> list[Block]:
     rows = load(run)
     dead = sum(share == 0 for layer in rows for share in layer)
     words = f"{dead} of {sum(map(len, rows))} experts got no token" if dead else "every expert got tokens"
-    caption = f"Tokens of each expert against an even share, over the last {_window(run)} steps: {words}."
+    steps = _window(run)
+    over = "the last step" if steps == 1 else f"the last {steps} steps"
+    caption = f"Tokens of each expert against an even share, over {over}: {words}."
     heat = Panel(lambda width: plots.heat(rows, width, f"load of the experts, {name}"))
-    panels = [curves_panel([Curve("", run.curve(key))], title) for title, key in CURVES if run.curve(key)]
+    curves = [(title, run.curve(key)) for title, key in CURVES]
+    panels = [curves_panel([Curve("", points)], title) for title, points in curves if any(y for _, y in points)]
     return [
         Figure([heat], caption, key=KEY),
         Figure(panels, "Against optimizer steps; the losses are means over the layers.", columns=3),
