@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from alignment.config import Config, ModelConfig, load_config
 from alignment.errors import UserError, did_you_mean
 from alignment.kernels.model import use_kernels
+from alignment.moe.autoep import freeze_correction_bias
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
@@ -164,18 +165,11 @@ def load_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> Pre
     ]
     if faults:
         raise UserError(f"{source.path}: the weights do not fit {type(model).__name__}: {'; '.join(faults)}")
-    return freeze_correction_bias(model)
+    freeze_correction_bias(model)
+    return cast(PreTrainedModel, model)
 
 
 LOADING_FAULTS = ("missing_keys", "unexpected_keys", "mismatched_keys")
-
-
-def freeze_correction_bias(model: PreTrainedModel) -> PreTrainedModel:
-    """Ernie's `e_score_correction_bias` is a statistic, not a weight, but comes back trainable from a load."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("e_score_correction_bias"):
-            parameter.requires_grad_(False)
-    return model
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:

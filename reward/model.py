@@ -28,7 +28,8 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeP
 from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.kernels.model import use_kernels
-from alignment.models import LOADING_FAULTS, check_model, freeze_correction_bias
+from alignment.models import LOADING_FAULTS, check_model
+from alignment.moe.autoep import freeze_correction_bias
 
 HEAD = "score.weight"
 
@@ -178,7 +179,8 @@ def _load(
             fault = f"{kind.replace('_', ' ')}: {', '.join(names[:3])}"
             raise UserError(f"{path}: {lost}the weights do not fit a reward model: {fault}")
     model.score.float()
-    return freeze_correction_bias(model), set(map(_key, info["missing_keys"]))
+    freeze_correction_bias(model)
+    return model, set(map(_key, info["missing_keys"]))
 
 
 def _key(entry: Any) -> str:

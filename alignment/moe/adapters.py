@@ -22,7 +22,7 @@ from torch import nn
 
 from alignment.adapters import WEIGHTS, AdapterError
 from alignment.errors import UserError
-from alignment.moe.autoep import autoep_layers, moe_blocks
+from alignment.moe.autoep import autoep_layers, expert_parameters, moe_blocks
 
 ANY_DEPTH = r"(?:.*\.)?"  # peft puts `base_model.model.` before every module's name
 
@@ -78,8 +78,7 @@ def _without_frozen_experts(configure: Callable[[Any, nn.Module], None]) -> Call
         configure(engine, model)
         if not engine.has_moe_layers or not isinstance(model, PeftModel):
             return
-        experts = (cast(Any, layer).experts for _, layer in autoep_layers(model))
-        if not any(weight.requires_grad for module in experts for weight in module.parameters()):
+        if not any(weight.requires_grad for weight in expert_parameters(model)):
             engine.has_moe_layers = False
 
     return configured

@@ -120,11 +120,20 @@ def moe_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of the routed experts; of AutoEP's layers, the ones that this rank holds."""
+    return [parameter for _, block in moe_blocks(model) for parameter in block.get_submodule("experts").parameters()]
+
+
 def autoep_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The blocks of the model that AutoEP has replaced, by name."""
     for name, module in model.named_modules():
-        if getattr(module, "_is_autoep_layer", False):
+        if is_autoep_layer(module):
             yield name, module
+
+
+def is_autoep_layer(module: nn.Module) -> bool:
+    return getattr(module, "_is_autoep_layer", False)
 
 
 def check_sizes(num_experts: int, ep_size: int, world_size: int) -> None:

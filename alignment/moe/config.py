@@ -20,6 +20,11 @@ SECTION_KEYS = (
 DROPS_TOKENS = ("data_efficiency", "curriculum_learning")
 
 
+def deepspeed_launched() -> bool:
+    """Whether the launcher asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def launcher_config() -> dict[str, Any]:
     """The DeepSpeed config of this launch; empty where it has none."""
     path = _launcher_config_path()
@@ -28,9 +33,7 @@ def launcher_config() -> dict[str, Any]:
 
 def _launcher_config_path() -> Path | None:
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    if path is None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return None
-    return Path(path)
+    return Path(path) if path is not None and deepspeed_launched() else None
 
 
 def expert_parallel_size() -> int:

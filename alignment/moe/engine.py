@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from alignment.errors import UserError
-from alignment.moe.autoep import autoep_layers, check_replaced
+from alignment.moe.autoep import autoep_layers, check_replaced, expert_parameters
 
 # They write, or return, one rank's experts as if they were all.
 HALF_SAVES = (
@@ -53,8 +53,8 @@ def mend_universal_load(engine: Any) -> None:
 
 def check_expert_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise UserError where experts train but no group of the optimizer is marked as experts (`moe`)."""
-    experts = [p for _, layer in autoep_layers(model) for p in layer.get_submodule("experts").parameters()]
-    if any(p.requires_grad for p in experts) and not any(group.get("moe") for group in optimizer.param_groups):
+    trained = any(parameter.requires_grad for parameter in expert_parameters(model))
+    if trained and not any(group.get("moe") for group in optimizer.param_groups):
         raise UserError(
             f"no parameter group of {type(optimizer).__name__} is marked as experts: their gradients would be\n"
             "averaged over ranks that hold different ones; add an `optimizer` block to the DeepSpeed config"
@@ -78,7 +78,7 @@ def clip_gradients(engine: Any) -> None:
 
     DeepSpeed 0.19.8 takes each rank's norm, of its own experts and everything else, and clips by the ranks' mean.
     """
-    experts = [p for _, layer in autoep_layers(engine.module) for p in layer.get_submodule("experts").parameters()]
+    experts = expert_parameters(engine.module)
     own = {id(parameter) for parameter in experts}
     others = [p for p in engine.module.parameters() if id(p) not in own]
     layer: Any = next(layer for _, layer in autoep_layers(engine.module))

@@ -51,7 +51,7 @@ def export_model(
         ExportError: on every rank, when it could not be written, or what was written differs from what is in memory.
     """
     skeleton = _skeleton(model)
-    to_write, to_compare = hf_weights(model), hf_weights(model)
+    to_write, to_compare = _weights(model, skeleton), _weights(model, skeleton)
 
     def write_and_compare() -> None:
         if any(folder.glob("checkpoint-*")):
@@ -75,7 +75,8 @@ def check_export(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         ExportError: on every rank; it names the first weight that differs, and how.
     """
-    skeleton, weights = _skeleton(model), hf_weights(model)
+    skeleton = _skeleton(model)
+    weights = _weights(model, skeleton)
     _on_rank_0(lambda: _compare(weights, skeleton, folder), folder, weights)
 
 
@@ -88,11 +89,15 @@ def hf_weights(model: PreTrainedModel) -> Weights:
     Raises:
         ExportError: on every rank, before anything is gathered, when the engine's weights are not those of the model.
     """
-    skeleton = _skeleton(model).state_dict()
-    sources = _sources(model, skeleton)
-    if odd := sorted(skeleton.keys() ^ sources.keys()):
+    return _weights(model, _skeleton(model))
+
+
+def _weights(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
+    expected = skeleton.state_dict()
+    sources = _sources(model, expected)
+    if odd := sorted(expected.keys() ^ sources.keys()):
         raise ExportError(f"{odd[0]}: only one of the engine and {type(model).__name__} has such a weight")
-    return ((name, _widened(sources[name](), like)) for name, like in skeleton.items())
+    return ((name, _widened(sources[name](), like)) for name, like in expected.items())
 
 
 def _widened(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig
 
-from alignment.moe.autoep import moe_blocks
-from alignment.moe.config import expert_parallel_size, launcher_config, zero_stage
+from alignment.moe.autoep import expert_parameters
+from alignment.moe.config import deepspeed_launched, expert_parallel_size, launcher_config, zero_stage
 
 GB = 10**9
 DEVICE_BYTES = 80 * GB
@@ -75,7 +75,7 @@ def held(parameters: int, sharding: Sharding, shards: int = 1) -> Held:
 def launched_sharding(dtype: str) -> Sharding:
     """What the launcher's environment asks for."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if not deepspeed_launched():
         return Sharding(ranks, 1, None, dtype)
     config = launcher_config()
     if not config:
@@ -85,7 +85,7 @@ def launched_sharding(dtype: str) -> Sharding:
 
 def count_experts(model: nn.Module) -> int:
     """Parameters of the routed experts, which expert parallelism splits; all others are dense."""
-    return sum(p.numel() for _, block in moe_blocks(model) for p in block.get_submodule("experts").parameters())
+    return sum(parameter.numel() for parameter in expert_parameters(model))
 
 
 def memory_plan(model: nn.Module, config: PreTrainedConfig, sharding: Sharding) -> list[str]:

@@ -26,6 +26,7 @@ from alignment.config import RouterConfig
 from alignment.moe.autoep import moe_blocks
 from alignment.moe.router_losses import (
     SIGMOID_FAMILIES,
+    Coefficients,
     Score,
     coefficients,
     expert_counts,
@@ -121,7 +122,7 @@ class RouterLossMixin(Trainer):
             raise RuntimeError(f"the routers saw {logits_LTE.shape[1]} tokens, the batch holds {mask.numel()}")
         counts_LE = self._counts(routing, mask)
         losses = router_losses(logits_LTE, self._share(counts_LE), mask.flatten(), self._router_tokens, self._score())
-        now = coefficients(self.router, self.state.global_step / max(1, self.state.max_steps))
+        now = self._coefficients(self.router, self.state.global_step)
         part = (now.balance * losses.balance + now.z * losses.z).sum()
         self._add(counts=counts_LE, balance=losses.balance, z=losses.z, entropy=losses.entropy, added=part)
         return part * self.accelerator.num_processes
@@ -131,6 +132,10 @@ class RouterLossMixin(Trainer):
         if self._router_share_LE is not None:
             return self._router_share_LE
         return self._global_share(counts_LE) if self._router_scope == "global" else load_share(counts_LE)
+
+    def _coefficients(self, config: RouterConfig, step: int) -> Coefficients:
+        """Those of the optimizer step that follows `step` others."""
+        return coefficients(config, step / max(1, self.state.max_steps))
 
     def _score(self) -> Score:
         return "sigmoid" if cast(Any, self.model).config.model_type in SIGMOID_FAMILIES else "softmax"
@@ -161,7 +166,7 @@ class RouterLossMixin(Trainer):
         self._total_loss_scalar -= float(sums["added"])  # of transformers: the mean loss that it states at the end
         load_LE = load_share(sums["counts"]) * sums["counts"].shape[-1]
         self.expert_load = [[round(load, 3) for load in layer] for layer in load_LE.tolist()]
-        now = coefficients(self.router, (self.state.global_step - 1) / max(1, self.state.max_steps))
+        now = self._coefficients(self.router, self.state.global_step - 1)
         return {
             "router/balance_loss": float(sums["balance"].mean()) / steps,
             "router/balance_coefficient": now.balance,

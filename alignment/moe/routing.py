@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.errors import UserError
-from alignment.moe.autoep import moe_blocks
+from alignment.moe.autoep import is_autoep_layer, moe_blocks
 
 
 @dataclass
@@ -39,13 +39,14 @@ class RouterWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.gates: list[nn.Module] = []
-        self._routing: Routing | None = None
+        self._routing: Routing | None = None  # while recording
+        self._with_gradient = True
         for name, block in moe_blocks(model):
             self._hook(name, cast(Any, block))
 
     def _hook(self, name: str, block: Any) -> None:
         layer = len(self.gates)
-        if getattr(block, "_is_autoep_layer", False):
+        if is_autoep_layer(block):
             block.router.gate.register_forward_hook(lambda _m, _i, logits: self._note(layer, logits=logits))
             block.router.register_forward_hook(lambda _m, _i, output: self._note(layer, selected=output[1]))
             self.gates.append(block.router.gate)

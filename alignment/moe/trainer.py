@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from alignment.errors import UserError
 from alignment.moe import adapters
 from alignment.moe.autoep import autoep_layers, check_model, freeze_correction_bias, install_autoep
-from alignment.moe.config import check_launcher_config, check_precision, expert_parallel_size
+from alignment.moe.config import check_launcher_config, check_precision, deepspeed_launched, expert_parallel_size
 from alignment.moe.engine import mend_universal_load, prepare_engine, refusal
 from alignment.moe.export import export_model
 from alignment.moe.resume import Layout
@@ -36,7 +36,7 @@ def ddp_backend() -> str | None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     if "LOCAL_RANK" not in os.environ:
         return None
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if deepspeed_launched():
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -19,8 +19,13 @@ def launch() -> Launch:
     return _launch
 
 
-def _launch(script: str, *arguments: object, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of this folder on `ranks` CPU processes with expert parallelism of 2, or on one without."""
+def _launch(
+    script: str, *arguments: object, ranks: int = 2, fails: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder on `ranks` CPU processes with expert parallelism of 2, or on one without.
+
+    It must succeed or, with `fails`, fail.
+    """
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "DS_"))}
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable]
@@ -28,7 +33,7 @@ def _launch(script: str, *arguments: object, ranks: int = 2, **environment: str)
         config = ROOT / "configs" / "accelerate" / "cpu-ep2.yaml"
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(ranks)]
     command += [str(HERE / script), *map(str, arguments)]
-    return subprocess.run(
+    finished = subprocess.run(
         command,
         check=False,
         env=kept | settings | environment,
@@ -37,3 +42,5 @@ def _launch(script: str, *arguments: object, ranks: int = 2, **environment: str)
         text=True,
         timeout=SECONDS,
     )
+    assert (finished.returncode != 0) == fails, finished.stderr[-4000:]
+    return finished

@@ -11,8 +11,7 @@ GRADIENTS = {"out", "x", "experts.w1", "experts.w2", "experts.w3", "router.gate.
 
 def test_outputs_and_gradients_are_those_of_the_stock_layer(launch: Launch, tmp_path: Path) -> None:
     """Unequal token counts, EP 1 and 2, and all tokens on the same experts; in bfloat16 ours sums in float32."""
-    finished = launch("dispatch_worker.py", tmp_path)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    launch("dispatch_worker.py", tmp_path)
     for rank in range(2):
         results = json.loads((tmp_path / f"dispatch{rank}.json").read_text())
         assert len(results) == 8

@@ -17,8 +17,7 @@ STEPS = 6
 
 def trained(launch: Launch, folder: Path, *arguments: object, ranks: int = 2) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    finished = launch("worker.py", folder, "--steps", STEPS, *arguments, ranks=ranks)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    launch("worker.py", folder, "--steps", STEPS, *arguments, ranks=ranks)
     return folder
 
 
@@ -87,8 +86,7 @@ def test_checkpoints_hold_whole_models(parallel: Path) -> None:
 
 def test_killed_run_resumes_to_the_same_bits(launch: Launch, parallel: Path, tmp_path: Path) -> None:
     arguments = ("--batch", 2, "--accumulate", 2, "--save-steps", 3)
-    killed = launch("worker.py", tmp_path, "--steps", STEPS, *arguments, "--kill-at", 4)
-    assert killed.returncode != 0
+    launch("worker.py", tmp_path, "--steps", STEPS, *arguments, "--kill-at", 4, fails=True)
     assert not (tmp_path / "model").exists()
     resumed = trained(launch, tmp_path, *arguments, "--resume")
     assert record(resumed)["losses"] == record(parallel)["losses"]
@@ -97,16 +95,14 @@ def test_killed_run_resumes_to_the_same_bits(launch: Launch, parallel: Path, tmp
 
 def test_a_launch_that_lost_deepspeed_is_refused(launch: Launch, tmp_path: Path) -> None:
     """accelerate drops DeepSpeed without a word under this variable, and would train plain DDP."""
-    finished = launch("worker.py", tmp_path, ACCELERATE_USE_CPU="true")
-    assert finished.returncode != 0
+    finished = launch("worker.py", tmp_path, fails=True, ACCELERATE_USE_CPU="true")
     assert "UserError: expert parallelism was asked for, but accelerate has dropped DeepSpeed" in finished.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_every_model_family_trains_and_exports(launch: Launch, tmp_path: Path) -> None:
     """Logits before and after AutoEP, and of the engine and its reload, for each preset; Ernie also in bfloat16."""
-    finished = launch("families.py", tmp_path)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    launch("families.py", tmp_path)
     for rank in range(2):
         for family, result in json.loads((tmp_path / f"families{rank}.json").read_text()).items():
             tolerance = 0.05 if family.endswith("bf16") else 1e-5
@@ -134,8 +130,7 @@ def on_four(launch: Launch, on_two: Path) -> Path:
 
 
 def many(launch: Launch, folder: Path, *cases: str, ranks: int) -> Path:
-    finished = launch("trainers.py", folder, *cases, ranks=ranks)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    launch("trainers.py", folder, *cases, ranks=ranks)
     return folder
 
 

@@ -15,8 +15,7 @@ CASES = ("global", "micro", "global+checkpointing")
 
 
 def results(launch: Launch, folder: Path, batch: int, accumulate: int, ranks: int, *cases: str) -> dict[str, Any]:
-    finished = launch("router_worker.py", folder, batch, accumulate, *cases, ranks=ranks)
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    launch("router_worker.py", folder, batch, accumulate, *cases, ranks=ranks)
     return dict(torch.load(folder / "router.pt"))
 
 
