@@ -1,15 +1,16 @@
 """The plan of packs: whole samples over the whole data set, as many packs as best fit decreasing needs.
 
-A plan is an ordering of samples that a plain sampler walks: micro-batch i of rank r is pack i * ranks + r. It depends on
-the packs of an optimizer step (ranks x accumulation), not on the ranks. It is made in three moves:
+A plan is an ordering of samples that a plain sampler walks: micro-batch i of rank r is pack i * ranks + r. It depends
+on the packs of an optimizer step (ranks x accumulation), not on the ranks. It is made in three moves:
 
-1. Best fit decreasing over the histogram of lengths (`best_fit_decreasing`) gives the number of packs.
-2. The packs are sorted by attention cost, so that those of one step agree. Where they do not, because a few steps hold
-   all long samples, the long samples are dealt out evenly first (`_spread`).
-3. Steps are shuffled. What does not fill a last step is spread over all its packs.
+1. Best fit decreasing over the histogram of lengths makes the packs (`best_fit_decreasing`).
+2. Sorted by attention cost, the packs of a step agree in it. Where they do not, since few steps hold all long samples,
+   packs are made anew: the long samples are dealt out evenly, and best fit decreasing fills up (`_spread`).
+3. The packs that fill no last step are spread over all its packs, and the other steps are shuffled (`_arrange`).
 
-Best fit decreasing for language models: Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv 2404.10830).
-One size over all ranks: the Compass-v2 report. Whole samples only: one that is longer than the capacity is an error here.
+Best fit decreasing for language models: Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv
+2404.10830). One size over all ranks: the Compass-v2 report. Whole samples only: one that is longer than the capacity is
+an error here.
 """
 
 import bisect
@@ -212,7 +213,7 @@ class _Run(NamedTuple):
     """Consecutive packs that hold the same lengths."""
 
     first: int
-    count: int
+    packs: int
 
 
 class _Rooms:
@@ -239,19 +240,19 @@ class _Rooms:
         """Remove packs with this room, one run and `most` of them at most."""
         runs = self.runs[room]
         run = runs.pop()
-        if run.count > most:
-            runs.append(_Run(run.first + most, run.count - most))
+        if run.packs > most:
+            runs.append(_Run(run.first + most, run.packs - most))
         elif not runs:
             del self.runs[room]
             self.ascending.pop(bisect.bisect_left(self.ascending, room))
-        return _Run(run.first, min(run.count, most))
+        return _Run(run.first, min(run.packs, most))
 
 
 def best_fit_decreasing(sizes: IntArray, capacity: int, rooms: Sequence[int] = ()) -> IntArray:
     """Each sample into the fullest pack that still takes it.
 
-    Packs that are alike are filled at once, so the cost goes by the number of distinct lengths and of kinds of packs: the
-    fullest pack that takes a length is still that when it has taken it, and takes it again until its room is smaller.
+    Packs that are alike are filled at once, so that time goes by the distinct lengths and the kinds of packs: the fullest
+    pack that takes a length is still the fullest when it has taken it, and takes it again while it has room.
 
     Args:
         sizes: [samples] lengths, longest first, none over the capacity.
@@ -268,10 +269,10 @@ def best_fit_decreasing(sizes: IntArray, capacity: int, rooms: Sequence[int] = (
             room = open_packs.smallest(length)
             each = min(left, (room or capacity) // length)
             run = open_packs.take(room, left // each) if room else _Run(packs, left // each)
-            packs = max(packs, run.first + run.count)
+            packs = max(packs, run.first + run.packs)
             open_packs.put((room or capacity) - each * length, run)
             filled.append((*run, each))
-            left -= run.count * each
+            left -= run.packs * each
     first, count, each_of = np.array(filled, dtype=np.int64).reshape(-1, 3).T
     pack_of = np.repeat(first - (count.cumsum() - count), count) + np.arange(count.sum())
     return np.repeat(pack_of, np.repeat(each_of, count))
@@ -280,21 +281,21 @@ def best_fit_decreasing(sizes: IntArray, capacity: int, rooms: Sequence[int] = (
 def _spread(sizes: IntArray, packs: int, capacity: int, packs_per_step: int) -> IntArray:
     """[samples] the pack of each: attention costs as equal as the longest samples let them be.
 
-    The longest samples are dealt out, one a pack and round, longer ones to the packs that cost less; the shortest, which
-    cost little, then fill the packs by best fit decreasing. Where one sample costs more than a pack on average, what is
-    longest goes into a step of its own until all its packs cost as much.
+    The longest samples are dealt out, one a pack and round, longer ones to the packs that cost less; the shortest, that
+    cost little, then fill the packs by best fit decreasing. While one sample alone costs more than a pack does on
+    average, the longest go into a step of their own, until each of its packs costs as much.
     """
-    squares = sizes**2
+    squares_left = (sizes[::-1] ** 2).cumsum()[::-1]  # of this sample and all shorter ones
     stop = int(np.searchsorted(sizes.cumsum(), (1 - FILLING) * sizes.sum()))
     table = _Table(sizes, stop, np.full(packs, capacity))
     first = 0
     while first + packs_per_step < packs and table.dealt < stop:
-        most = int(squares[table.dealt])
-        if most * (packs - first) <= squares[table.dealt :].sum():
+        most = int(sizes[table.dealt]) ** 2
+        if most * (packs - first) <= squares_left[table.dealt]:
             break
         table.deal(first, first + packs_per_step, most)
         first += packs_per_step
-    table.deal(first, packs, int(squares.sum()))
+    table.deal(first, packs, int(squares_left[0]))
     rest = best_fit_decreasing(sizes[table.dealt :], capacity, table.rooms.tolist())
     return np.concatenate([table.pack_of[: table.dealt], rest])
 
@@ -335,8 +336,11 @@ def _arrange(
     """
     attention = _sums(pack_of, sizes**2, 0)
     steps, left = divmod(len(attention), packs_per_step)
+    most_samples = np.argsort(-np.bincount(pack_of), kind="stable")[:left]  # these spread best
+    is_left = np.zeros(len(attention), dtype=bool)
+    is_left[most_samples] = True
     places = np.empty_like(attention)
-    places[np.argsort(-attention, kind="stable")] = np.arange(len(attention))
+    places[np.lexsort((-attention, is_left))] = np.arange(len(attention))
     step_of, within = np.divmod(places, packs_per_step)
     shuffled = np.append(generator.permutation(steps), steps)  # the packs that are left stay last
     new = (shuffled[step_of] * packs_per_step + within)[pack_of]
@@ -370,7 +374,7 @@ def _into_the_emptiest(sizes: IntArray, packs: int) -> IntArray:
 
 
 def _halve(sizes: IntArray, pack_of: IntArray, packs: int) -> IntArray:
-    """The fullest pack of two samples or more is halved until there are enough packs; samples are not fewer than these."""
+    """Halve the fullest pack of two samples or more until there are enough packs. Samples are not fewer than packs."""
     new = np.unique(pack_of, return_inverse=True)[1]
     for number in range(int(new.max()) + 1, packs):
         several = np.bincount(new) > 1
