@@ -251,8 +251,8 @@ class _Rooms:
 def best_fit_decreasing(sizes: IntArray, capacity: int, rooms: Sequence[int] = ()) -> IntArray:
     """Each sample into the fullest pack that still takes it.
 
-    Packs that are alike are filled at once, so that time goes by the distinct lengths and the kinds of packs: the fullest
-    pack that takes a length is still the fullest when it has taken it, and takes it again while it has room.
+    Packs that are alike are filled at once, so that time goes by the distinct lengths and the kinds of packs: the
+    fullest pack that takes a length is still the fullest when it has taken it, and takes it again while it has room.
 
     Args:
         sizes: [samples] lengths, longest first, none over the capacity.
@@ -286,7 +286,7 @@ def _spread(sizes: IntArray, packs: int, capacity: int, packs_per_step: int) -> 
     average, the longest go into a step of their own, until each of its packs costs as much.
     """
     squares_left = (sizes[::-1] ** 2).cumsum()[::-1]  # of this sample and all shorter ones
-    stop = int(np.searchsorted(sizes.cumsum(), (1 - FILLING) * sizes.sum()))
+    stop = int(np.searchsorted(sizes.cumsum(), int((1 - FILLING) * sizes.sum())))
     table = _Table(sizes, stop, np.full(packs, capacity))
     first = 0
     while first + packs_per_step < packs and table.dealt < stop:
@@ -336,11 +336,13 @@ def _arrange(
     """
     attention = _sums(pack_of, sizes**2, 0)
     steps, left = divmod(len(attention), packs_per_step)
-    most_samples = np.argsort(-np.bincount(pack_of), kind="stable")[:left]  # these spread best
-    is_left = np.zeros(len(attention), dtype=bool)
-    is_left[most_samples] = True
-    places = np.empty_like(attention)
-    places[np.lexsort((-attention, is_left))] = np.arange(len(attention))
+    samples = np.bincount(pack_of)
+    by_cost = np.argsort(-attention, kind="stable")
+    if samples[by_cost[steps * packs_per_step :]].sum() < packs_per_step:  # too few for a last step without fillers
+        is_left = np.isin(by_cost, np.argsort(-samples, kind="stable")[:left])
+        by_cost = np.concatenate([by_cost[~is_left], by_cost[is_left]])
+    places = np.empty_like(by_cost)
+    places[by_cost] = np.arange(len(by_cost))
     step_of, within = np.divmod(places, packs_per_step)
     shuffled = np.append(generator.permutation(steps), steps)  # the packs that are left stay last
     new = (shuffled[step_of] * packs_per_step + within)[pack_of]

@@ -171,7 +171,7 @@ def test_widths_are_rounded_up_to_buckets_below_the_capacity() -> None:
 
 
 def test_long_samples_are_spread_where_steps_would_be_uneven() -> None:
-    """Of packs of best fit decreasing, sorted by cost, 8 ranks would wait a sixth of the epoch. No more packs are made."""
+    """Of packs of best fit decreasing, sorted by cost, 8 ranks would wait a sixth of the epoch. It costs no pack."""
     lengths = log_normal(20_000, 16_384)
     plan = Case(lengths, 16_384, 8, 64, 0).plan()
     pack_of = best_fit_decreasing(np.sort(lengths)[::-1], 16_384)
