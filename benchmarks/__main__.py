@@ -82,10 +82,13 @@ def table(claims: Sequence[dict[str, Any]]) -> Table:
     found = Table("claim", "value", "ours", "peer's", "peer", box=box.MARKDOWN)
     for claim in claims:
         settings, unit = claim["settings"], claim["unit"]
-        own = f"{settings['seconds']:.3g} s" if unit == "x" else f"{claim['value']:.4f}"
-        other = f"{settings['peer_seconds']:.3g} s" if unit == "x" else f"{settings['peer_value']:.4f}"
-        value = f"{claim['value']:.1f}x" if unit == "x" else f"{claim['value']:.4f}"
-        found.add_row(claim["claim"], value, own, other, claim["peer"])
+        if unit == "x":
+            value, ours, theirs = claim["value"], settings["seconds"], settings["peer_seconds"]
+            cells = [f"{value:.1f}x", f"{ours:.3g} s", f"{theirs:.3g} s"]
+        else:
+            known = [claim["value"], claim["value"], settings["peer_value"]]
+            cells = [f"{number:.3g} s" if unit == "s" else f"{number:.4f}" for number in known]
+        found.add_row(claim["claim"], *cells, claim["peer"])
     return found
 
 
