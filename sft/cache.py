@@ -192,7 +192,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that decides how a conversation is rendered: the tokenizer, its special tokens, its template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"{tokenizer.name_or_path}: {type(tokenizer).__name__} has no tokenizer.json; expected a fast one")
+        raise UserError(
+            f"{tokenizer.name_or_path}: {type(tokenizer).__name__} has no tokenizer.json; expected a fast one"
+        )
     whole = json.loads(backend.to_str())
     for state in ("truncation", "padding"):  # of the last call, not of the tokenizer
         whole.pop(state)
@@ -219,7 +221,9 @@ def _revision(source: str) -> str:
     try:
         revision = huggingface_hub.HfApi().dataset_info(name).sha
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise UserError(f"{source}: the hub does not say which revision this is: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{source}: the hub does not say which revision this is: {str(error).splitlines()[0]}"
+        ) from None
     return f"{source}@{revision}"
 
 
@@ -295,5 +299,3 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:,.0f}"
-
-

@@ -26,7 +26,9 @@ class SourceConfig(Config):
         "with a weight, the most passes",
     )
     weight: float | None = Field(
-        None, gt=0, description="its share of the mixture's rows, beside the other sources' weights: all have one, or none"
+        None,
+        gt=0,
+        description="its share of the mixture's rows, beside the other sources' weights: all have one, or none",
     )
 
     @model_validator(mode="after")

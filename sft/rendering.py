@@ -1,7 +1,8 @@
 """Rows to tokens: chunks of rows rendered in order, in this process or in several.
 
 A chunk goes out to a process and comes back as one Arrow batch. The processes run this module, and import what it
-imports: not the job that started them, nor torch. Each ends when its pipe to the parent closes, however that ends.
+imports: not TRL and DeepSpeed, as the job that starts them. Each ends when its pipe to the parent closes, however the
+parent ends.
 """
 
 import os
@@ -125,7 +126,9 @@ def reject(ids: np.ndarray, trained: np.ndarray, tokenizer: PreTrainedTokenizerB
     if not trained[1:].any():
         return NOTHING_TO_TRAIN
     stop = chat.stop_token_id(tokenizer)
-    edges = np.flatnonzero(np.diff(trained, prepend=False, append=False))
+    padded = np.zeros(len(trained) + 2, dtype=bool)
+    padded[1:-1] = trained
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
     for start, end in edges.reshape(-1, 2).tolist():
         stops = start + np.flatnonzero(ids[start:end] == stop)
         if len(stops) == 0:
