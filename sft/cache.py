@@ -258,7 +258,7 @@ def _read(folder: Path, source: str) -> SourceRows | None:
     """The rows, or None where they are missing or damaged and have to be made again."""
     try:
         return open_source(folder, source)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except DamagedError as error:
         print(f"sft.prepare: a damaged cache is made again: {error}", flush=True)

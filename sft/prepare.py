@@ -42,7 +42,8 @@ def describe_rows(rows: TokenizedRows) -> list[str]:
         counts = {reason: int((reasons == code).sum()) for code, reason in enumerate(REJECTED, start=1)}
         rejected = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if count)
         lines.append(
-            f"{name}: {len(lengths):,} rows of {short(lengths.sum(dtype=np.int64))} tokens, {share:.1%} trained; lengths: median {middle:.0f}, p95 {high:.0f}, longest {lengths.max()}; rejected: {rejected or 'none'}"
+            f"{name}: {len(lengths):,} rows of {short(lengths.sum(dtype=np.int64))} tokens, {share:.1%} trained; "
+            f"lengths: median {middle:.0f}, p95 {high:.0f}, longest {lengths.max()}; rejected: {rejected or 'none'}"
         )
     return lines
 
