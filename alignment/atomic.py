@@ -1,8 +1,10 @@
 """Files and folders that are either whole or absent: write beside, flush to disk, rename."""
 
+import errno
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,37 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def placing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed onto it when the block ends without an error, else removed.
+
+    Unlike `replacing_folder` it leaves a folder that is there alone: the first of several processes, also of several
+    machines that share the disk, places its own. What a killed process of this machine left is removed first, so
+    processes of one machine take turns by a lock of the caller's.
+    """
+    machine = f".{path.name}.{socket.gethostname()}"
+    for left in path.parent.glob(f"{machine}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = path.with_name(f"{machine}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        sync(temporary)
+        if not path.exists():
+            _rename_first(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _rename_first(temporary: Path, path: Path) -> None:
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was first
+            raise
 
 
 def sync(path: Path) -> None:

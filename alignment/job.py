@@ -39,8 +39,8 @@ PR_SET_PDEATHSIG = 1
 LOCK_SECONDS = 10.0
 SPOKESMAN_SECONDS = 3.0
 # What a run that is not done may change: more ranks run fewer micro-batches each. The rows of a step may not change,
-# which alignment/moe/resume.py holds.
-RESUMABLE_CHANGES = ("training.accumulation was",)
+# which alignment/moe/resume.py holds. Where a cache lies, and how many processes fill it, changes nothing.
+RESUMABLE_CHANGES = ("training.accumulation was", "prepare.")
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "math-verify", "POT", "datasets")
 
 

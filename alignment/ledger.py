@@ -17,6 +17,7 @@ class Ledger:
     tokens_in: int = 0
     tokens_trained: int = 0
     tokens_dropped: int = 0
+    truncated: int = 0  # rows that came out without their last tokens, which count as dropped
 
     def drop(self, reason: str, tokens: int = 0) -> None:
         """Count one row (already counted in `rows_in`) as dropped."""
@@ -35,6 +36,7 @@ class Ledger:
             "tokens_in": self.tokens_in,
             "tokens_trained": self.tokens_trained,
             "tokens_dropped": self.tokens_dropped,
+            "truncated": self.truncated,
         }
 
     def write(self, path: Path) -> None:

@@ -19,6 +19,7 @@ from alignment.errors import UserError, did_you_mean
 Row = dict[str, Any]
 Kind = Literal["messages", "prompt", "preference", "any"]
 
+BLOCK_BYTES = 1 << 22
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
 CONVERSATIONS: dict[Kind, tuple[str, ...]] = {
@@ -38,13 +39,35 @@ def read_rows(source: Path | str, kind: Kind = "any") -> Iterator[Row]:
     Raises:
         UserError: no such source, malformed JSON, a row against the schema (file and line named), or no rows at all.
     """
+    return (row for _, row in located_rows(source, kind))
+
+
+def located_rows(source: Path | str, kind: Kind = "any") -> Iterator[tuple[str, Row]]:
+    """As `read_rows`, each row with its place: `file:line`, or `file row number`."""
     count = 0
     for where, row in _located_rows(source):
         check_row(row, kind, where)
         count += 1
-        yield row
+        yield where, row
     if count == 0:
         raise UserError(f"{source}: holds no rows")
+
+
+def count_rows(source: Path | str) -> int | None:
+    """The rows of local files, for a progress bar: blank lines count, nothing is checked. None for a hub id."""
+    if is_hub_id(source):
+        return None
+    return sum(_count(file) for file in _files(Path(source)) if file.is_file())
+
+
+def _count(path: Path) -> int:
+    try:
+        if path.suffix == ".parquet":
+            return int(pq.read_metadata(path).num_rows)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK_BYTES), b""))
+    except (pa.ArrowInvalid, gzip.BadGzipFile, EOFError, zlib.error):
+        return 0  # who reads it says where it is damaged
 
 
 def first_rows(source: Path | str, kind: Kind, count: int = 20) -> list[Row]:
@@ -105,15 +128,17 @@ def _located_rows(source: Path | str) -> Iterator[tuple[str, Any]]:
     if is_hub_id(source):
         yield from _hub_rows(str(source))
         return
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if _suffix(p.name))
-        if not files:
-            raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-    else:
-        files = [path]
-    for file in files:
+    for file in _files(Path(source)):
         yield from _file_rows(file)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(p for p in path.iterdir() if _suffix(p.name))
+    if not files:
+        raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+    return files
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:

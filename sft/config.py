@@ -1,5 +1,6 @@
 """Configuration of supervised fine-tuning. Imports no torch."""
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -8,17 +9,50 @@ from alignment.config import Config, JobConfig, LoRAConfig, ModelConfig, Trainin
 
 
 class SourceConfig(Config):
-    """One source of rows in the mixture."""
+    """One source of rows in the mixture. Its usable rows are those that are not rejected, nor dropped as overlong."""
 
     rows: str = Field(description="a file, a folder or a hub id of rows with `messages`")
-    count: int | None = Field(None, ge=1, description="draw this many rows, by the seed; default: all")
+    count: int | None = Field(
+        None,
+        ge=1,
+        description="draw exactly this many of its usable rows for the whole run, without replacement, by the seed",
+    )
+    cap: int | None = Field(None, ge=1, description="as count, but at most this many")
+    share: float | None = Field(None, gt=0, le=1, description="draw this share of its usable rows (down-sampling)")
+    epochs: float = Field(
+        1.0,
+        gt=0,
+        description="passes over the drawn rows within one epoch of the run: 2 repeats them, 0.5 takes half of them; "
+        "with a weight, the most passes",
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="its share of the mixture's rows, beside the other sources' weights: all have one, or none",
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_draw(self) -> Self:
+        given = [name for name in ("count", "cap", "share") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give at most one of 'count', 'cap' and 'share', not {' and '.join(given)}")
+        return self
 
 
 class PackingConfig(Config):
     """How samples become packs."""
 
     capacity: int = Field(2048, ge=16, description="tokens a pack holds, and a rank trains on in one micro-batch")
-    overlong: Literal["drop", "error"] = Field("drop", description="samples longer than the capacity")
+    overlong: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="samples longer than the capacity; truncate keeps their first tokens"
+    )
+
+
+class PrepareConfig(Config):
+    """Rows are rendered and tokenized once, on the CPU, into a cache that all ranks map into memory."""
+
+    cache: Path = Field(Path("runs/cache/sft"), description="a folder for the tokenized rows of all runs")
+    workers: int | None = Field(None, ge=1, description="processes that render; default: one for each core")
 
 
 class SFTConfig(JobConfig):
@@ -26,6 +60,7 @@ class SFTConfig(JobConfig):
 
     model: ModelConfig
     sources: list[SourceConfig] = Field(min_length=1)
+    prepare: PrepareConfig = PrepareConfig()
     packing: PackingConfig = PackingConfig()
     training: TrainingConfig
     lora: LoRAConfig | None = Field(None, description="train an adapter instead of the weights")
@@ -34,4 +69,11 @@ class SFTConfig(JobConfig):
     def _base_of_the_adapter(self) -> Self:
         if self.lora is not None and self.model.path is None:
             raise ValueError("lora: an adapter needs a trained base, 'model.path'; a preset's weights are random")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_of_all_or_none(self) -> Self:
+        without = [index for index, source in enumerate(self.sources) if source.weight is None]
+        if 0 < len(without) < len(self.sources):
+            raise ValueError(f"sources: some have a weight and sources[{without[0]}] has none; give all one, or none")
         return self

@@ -76,6 +76,7 @@ def config_class(place: str) -> type[JobConfig]:
 JOBS = {
     "alignment.tokenizer": "alignment.tokenizer.TokenizerConfig",
     "alignment.evaluate": "alignment.evaluate.EvaluateConfig",
+    "sft.prepare": "sft.config.SFTConfig",
     "sft.train": "sft.config.SFTConfig",
     "reward.train": "reward.config.RewardConfig",
     "reward.sweep": "reward.config.SweepConfig",

@@ -1,4 +1,5 @@
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,39 @@ def test_signal_in_the_middle_leaves_the_old_file(tmp_path: Path, signum: signal
     assert process.returncode == 128 + signum
     assert errors == f"interrupted ({signum.name}); the same command resumes\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def place(path: Path, text: str) -> None:
+    with atomic.placing_folder(path) as temporary:
+        (temporary / "a").write_text(text)
+        if text == "broken":
+            raise RuntimeError
+
+
+def test_the_first_of_two_processes_places_its_folder(tmp_path: Path) -> None:
+    """The second, here between the first's check and its rename, leaves it alone and removes its own."""
+    path = tmp_path / "new" / "folder"
+    with atomic.placing_folder(path) as temporary:
+        (temporary / "a").write_text("late")
+        path.mkdir()
+        (path / "a").write_text("first")
+        atomic._rename_first(temporary, path)
+    assert (path / "a").read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+    place(path, "again")
+    assert (path / "a").read_text() == "first"
+
+
+def test_a_folder_that_was_not_placed_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        place(tmp_path / "folder", "broken")
+    assert list(tmp_path.iterdir()) == []
+    killed, elsewhere = (tmp_path / f".folder.{machine}.7.tmp" for machine in (socket.gethostname(), "another"))
+    for left in (killed, elsewhere):
+        left.mkdir()
+        (left / "a").touch()
+    place(tmp_path / "folder", "whole")
+    assert sorted(tmp_path.iterdir()) == [elsewhere, tmp_path / "folder"], "another machine may be at work"
 
 
 def test_hash_of_a_folder_follows_names_and_bytes_but_not_hidden_files(tmp_path: Path) -> None:

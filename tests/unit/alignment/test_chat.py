@@ -77,6 +77,24 @@ def test_prefixes_give_the_mask_that_marks_give(
     assert chat.render(with_template(tiny_tokenizer, WITHOUT_MARKS), messages) == marked
 
 
+@pytest.mark.parametrize("template", [chat.CHATML, WITHOUT_MARKS], ids=["marks", "no marks"])
+def test_many_at_once_are_what_they_are_one_by_one(tiny_tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    """And what transformers gives, where the template has marks."""
+    changed = with_template(tiny_tokenizer, template)
+    together = chat.render_all(changed, CONVERSATIONS)
+    assert together == [chat.render(changed, messages) for messages in CONVERSATIONS]
+    theirs = tiny_tokenizer.apply_chat_template(CONVERSATIONS, return_dict=True, return_assistant_tokens_mask=True)
+    assert [rendered.input_ids for rendered in together] == theirs["input_ids"]
+    assert [rendered.assistant_mask for rendered in together] == theirs["assistant_masks"]
+
+
+def test_every_token_of_a_character_at_a_marks_edge_is_trained(bytewise: PreTrainedTokenizerFast) -> None:
+    """The four bytes of an emoji are four tokens; transformers 5.17 marks the first of them where a mark ends there."""
+    template = "x{% generation %}{{ messages[0]['content'] }}{% endgeneration %}y"
+    rendered = chat.render(with_template(bytewise, template), [assistant("😀a😀")])
+    assert rendered.assistant_mask == [False, *[True] * 9, False]
+
+
 @pytest.mark.parametrize("messages", CONVERSATIONS)
 def test_trained_tokens_are_the_answers_and_their_stops(
     tiny_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]

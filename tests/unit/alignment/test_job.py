@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from alignment import job
-from alignment.config import JobConfig, TrainingConfig
+from alignment.config import Config, JobConfig, TrainingConfig
 from alignment.errors import UserError
 
 NAME = "test.job"
@@ -103,16 +103,21 @@ def test_run_killed_between_its_first_two_files_is_resumed(recipe: Recipe) -> No
         assert {p.name for p in again.dir.iterdir()} == BOOKKEEPING
 
 
+class Cache(Config):
+    workers: int = 1
+
+
 class Training(JobConfig):
     training: TrainingConfig
+    prepare: Cache = Cache()
 
 
 def test_accumulation_may_change_until_a_run_is_done(tmp_path: Path) -> None:
-    """More ranks run fewer micro-batches each; another rate stays another run."""
+    """More ranks run fewer micro-batches each; how a cache is filled changes nothing; another rate is another run."""
 
     def settings(accumulation: int, rate: float = 1.0) -> Training:
         training = TrainingConfig(learning_rate=rate, accumulation=accumulation)
-        return Training(output_dir=tmp_path / "out", training=training)
+        return Training(output_dir=tmp_path / "out", training=training, prepare=Cache(workers=accumulation))
 
     with job.Job.open(NAME, settings(2)):
         pass

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from alignment.errors import UserError
-from alignment.rows import Kind, first_rows, is_hub_id, local_inputs, read_rows, write_rows
+from alignment.rows import Kind, count_rows, first_rows, is_hub_id, local_inputs, located_rows, read_rows, write_rows
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 ROW = {"id": "1", "messages": [USER, ASSISTANT]}
@@ -113,6 +113,20 @@ def test_no_rows_no_file_no_known_suffix(tmp_path: Path) -> None:
 def test_damaged_file_is_the_users_mistake(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
     assert error_of(tmp_path / name, "any").startswith(f"{tmp_path / name}: {expected}")
+
+
+@pytest.mark.parametrize(("name", "rows"), [("a.jsonl", 3), ("a.jsonl.gz", 3), ("a.parquet", 3), (".", 9)])
+def test_rows_are_counted_for_a_progress_bar(tmp_path: Path, name: str, rows: int) -> None:
+    lines = b'{"a": 1}\n' * 3
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    pq.write_table(pa.table({"a": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert count_rows(tmp_path / name) == rows == len(list(located_rows(tmp_path / name)))
+
+
+def test_rows_that_cannot_be_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x")[:-5])
+    assert (count_rows("some/set"), count_rows(tmp_path), count_rows(tmp_path / "gone.jsonl")) == (None, 0, 0)
 
 
 def test_first_rows_stop_early(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""Rows to tokens: chunks of rows rendered in order, in this process or in several.
+
+A chunk goes out to a process and comes back as one Arrow batch. The processes run this module, and import what it
+imports: not TRL and DeepSpeed, as the job that starts them. Each ends when its pipe to the parent closes, however the
+parent ends.
+"""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from alignment import chat
+from alignment.errors import UserError
+from alignment.rows import Row
+
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.large_list(pa.int32())),
+        ("trained", pa.large_list(pa.bool_())),  # beside each token
+        ("length", pa.int32()),  # also of a rejected row, which holds no tokens
+        ("trained_tokens", pa.int32()),
+        ("reason", pa.string()),  # null: the row is fine
+        ("place", pa.string()),  # of the row, behind the name of its source
+        ("id", pa.string()),
+    ]
+)
+
+NOTHING_TO_TRAIN = "nothing to train"
+NO_STOP = "no stop token after a trained turn"
+STOP_INSIDE = "a stop token inside a trained turn"
+
+CHUNK_ROWS = 512
+CHUNK_CHARACTERS = 1 << 20  # a chunk of long rows is shorter, so that memory stays bounded
+# Where a source is smaller, processes cost more than they save: each imports transformers first, for some seconds.
+ROWS_FOR_PROCESSES = 8192
+CHUNKS_AHEAD = 2  # of each process
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a source: for each its place (behind the source's name), its id and its messages."""
+
+    source: str
+    rows: list[tuple[str, str | None, chat.Messages]]
+
+
+def chunks(source: str, rows: Iterable[tuple[str, Row]]) -> Iterator[Chunk]:
+    """`rows` with their places, as of `alignment.rows.located_rows`, in chunks."""
+    taken: list[tuple[str, str | None, chat.Messages]] = []
+    characters = 0
+    for where, row in rows:
+        name = row.get("id")
+        taken.append((where.removeprefix(source), None if name is None else str(name), row["messages"]))
+        characters += sum(len(message["content"]) for message in row["messages"])
+        if len(taken) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
+            yield Chunk(source, taken)
+            taken, characters = [], 0
+    if taken:
+        yield Chunk(source, taken)
+
+
+def render(pending: Iterator[Chunk], tokenizer: PreTrainedTokenizerBase, workers: int) -> Iterator[pa.RecordBatch]:
+    """Render chunks in their order: few of them in this process, more in `workers` processes.
+
+    Raises:
+        UserError: a row that the chat template refuses, its file and line named.
+    """
+    head: list[Chunk] = []
+    while sum(len(chunk.rows) for chunk in head) < ROWS_FOR_PROCESSES and (chunk := next(pending, None)):
+        head.append(chunk)
+    everything = chain(head, pending)
+    if workers == 1 or sum(len(chunk.rows) for chunk in head) < ROWS_FOR_PROCESSES:
+        yield from (render_chunk(chunk, tokenizer) for chunk in everything)
+        return
+    del head
+    with _Processes(workers, tokenizer).open() as processes:
+        yield from processes.in_order(everything)
+
+
+def render_chunk(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> pa.RecordBatch:
+    """The rows of a chunk, tokenized, with the reasons of those that are rejected."""
+    try:
+        rendered = chat.render_all(tokenizer, [messages for _, _, messages in chunk.rows])
+    except UserError:
+        rendered = [_render_one(chunk.source + place, tokenizer, messages) for place, _, messages in chunk.rows]
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    facts: list[tuple[int, int, str | None]] = []
+    for row in rendered:
+        ids, trained = np.array(row.input_ids, dtype=np.int32), np.array(row.assistant_mask, dtype=bool)
+        reason = reject(ids, trained, tokenizer)
+        trained[:1] = False  # in a pack its predictor would be another sample's last token
+        facts.append((len(ids), int(trained.sum()) if reason is None else 0, reason))
+        kept.append((ids, trained) if reason is None else (ids[:0], trained[:0]))
+    offsets = pa.array([0, *accumulate(len(ids) for ids, _ in kept)], pa.int64())
+    lengths, trained_tokens, reasons = zip(*facts, strict=True)
+    places, names, _ = zip(*chunk.rows, strict=True)
+    columns = [
+        pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate([ids for ids, _ in kept]))),
+        pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate([trained for _, trained in kept]))),
+    ]
+    others = (lengths, trained_tokens, reasons, places, names)
+    columns += [pa.array(values, field.type) for values, field in zip(others, islice(SCHEMA, 2, None), strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def reject(ids: np.ndarray, trained: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a row is not trained on, or None: each run of trained tokens ends with its one stop token.
+
+    Whitespace may follow the stop token within the run, as some templates have it.
+    """
+    if not trained[1:].any():
+        return NOTHING_TO_TRAIN
+    stop = chat.stop_token_id(tokenizer)
+    padded = np.zeros(len(trained) + 2, dtype=bool)
+    padded[1:-1] = trained
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    for start, end in edges.reshape(-1, 2).tolist():
+        stops = start + np.flatnonzero(ids[start:end] == stop)
+        if len(stops) == 0:
+            return NO_STOP
+        behind = ids[stops[0] + 1 : end].tolist()
+        if behind and not all(str(tokenizer.decode([token])).isspace() for token in behind):
+            return STOP_INSIDE
+    return None
+
+
+def _render_one(where: str, tokenizer: PreTrainedTokenizerBase, messages: chat.Messages) -> chat.Rendered:
+    try:
+        return chat.render(tokenizer, messages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+@dataclass
+class _Process:
+    """A process that renders, and this end of its pipe."""
+
+    popen: subprocess.Popen[bytes]
+    connection: "Connection[Any, Any]"
+    has_tokenizer: bool = False
+
+
+class _Processes:
+    """Processes that render; a thread of this one waits for each."""
+
+    def __init__(self, count: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.all: list[_Process] = []
+        self.free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        self.threads = ThreadPoolExecutor(count)
+        self.count = count
+
+    @contextmanager
+    def open(self) -> Iterator[Self]:
+        try:
+            for _ in range(self.count):
+                self._start()
+            yield self
+        finally:
+            for process in self.all:
+                process.popen.kill()
+                process.popen.wait()
+            self.threads.shutdown(cancel_futures=True)
+            for process in self.all:
+                process.connection.close()
+
+    def in_order(self, pending: Iterator[Chunk]) -> Iterator[pa.RecordBatch]:
+        under_way: deque[Future[pa.RecordBatch]] = deque()
+        for chunk in pending:
+            under_way.append(self.threads.submit(self._render, chunk))
+            if len(under_way) == CHUNKS_AHEAD * self.count:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sft.rendering", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # it would start a thread for every core
+            )
+        self.all.append(_Process(process, ours))
+        self.free.put(self.all[-1])
+
+    def _render(self, chunk: Chunk) -> pa.RecordBatch:
+        process = self.free.get()
+        try:
+            if not process.has_tokenizer:
+                process.connection.send(self.tokenizer)
+                process.has_tokenizer = True
+            process.connection.send((chunk.source, chunk.rows))
+            reply = process.connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"a process that renders ended with exit code {process.popen.wait()}") from None
+        finally:
+            self.free.put(process)
+        if isinstance(reply, UserError):
+            raise reply
+        return reply
+
+
+def _serve(connection: "Connection[Any, Any]") -> None:
+    tokenizer = connection.recv()
+    while True:
+        source, rows = connection.recv()
+        try:
+            connection.send(render_chunk(Chunk(source, rows), tokenizer))
+        except UserError as error:
+            connection.send(error)
+
+
+def main(argv: Sequence[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
+    try:
+        _serve(Connection(int(argv[1])))
+    except (EOFError, ConnectionError):
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv)
