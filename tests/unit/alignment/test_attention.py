@@ -67,7 +67,7 @@ def test_no_gradient_crosses_a_border() -> None:
     ("change", "message"),
     [
         ({"cu_seq_lens_q": None}, "needs cu_seq_lens_q"),
-        ({"cu_seq_lens_q": ends([1, 7])}, "ends at 8, but the row holds 25 tokens"),
+        ({"cu_seq_lens_q": ends([1, 7])}, "from 0 to 8, but the row holds 25 tokens"),
         ({"attention_mask": torch.ones(1, 25)}, "takes one packed row and no attention mask"),
         ({"rows": 2}, "takes one packed row"),
     ],
