@@ -81,6 +81,12 @@ class PackingPlan:
         """The samples of one pack."""
         return self.order[self.starts[number] : self.starts[number + 1]]
 
+    def of_steps(self, first: int, last: int) -> "PackingPlan":
+        """The plan of steps `first` to `last` - 1."""
+        packs = slice(first * self.packs_per_step, last * self.packs_per_step)
+        parts = {name: getattr(self, name)[packs] for name in ("widths", "tokens", "attention")}
+        return dataclasses.replace(self, starts=self.starts[packs.start : packs.stop + 1], **parts)
+
     def imbalance(self, ranks: int) -> Imbalance:
         """
         Raises:

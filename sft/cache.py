@@ -160,6 +160,11 @@ def prepare_source(source: str, tokenizer: PreTrainedTokenizerBase, config: Prep
     return rows
 
 
+def cached_source(source: str, tokenizer: PreTrainedTokenizerBase, config: PrepareConfig) -> SourceRows | None:
+    """The tokenized rows of one source where the cache has them whole, else None."""
+    return _read(config.cache / value_hash(_made_of(source, tokenizer)), source)
+
+
 def open_source(folder: Path, name: str) -> SourceRows:
     """Map a source's cache folder into memory.
 

@@ -7,10 +7,10 @@ import dataclasses
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from alignment.errors import UserError
 from alignment.packing import PackingPlan, concatenate, plan_epoch
@@ -41,7 +41,7 @@ def wait_for_plan(folder: Path) -> PackingPlan:
     return PackingPlan.load(folder)
 
 
-class PackedRows(Dataset[Batch]):
+class PackedRows:
     """The packs of a plan in its order.
 
     Args:
@@ -88,13 +88,18 @@ class PackedRows(Dataset[Batch]):
             "max_length_q": max(lengths),
         }
 
+    def as_dataset(self) -> datasets.Dataset:
+        """What TRL takes: a table of the packs' numbers, whose rows become batches when they are read."""
+        numbers = datasets.Dataset.from_dict({"pack": np.arange(len(self))})
+        return numbers.with_transform(lambda rows: {"batch": [self[number] for number in rows["pack"]]})
+
     def _lengths(self, samples: np.ndarray) -> np.ndarray:
         lengths = self.rows.lengths[samples]
         return lengths if self.limit is None else np.minimum(lengths, self.limit)
 
 
-def collate(packs: list[Batch]) -> Batch:
+def collate(rows: list[dict[str, Batch]]) -> Batch:
     """The one pack of a micro-batch."""
-    if len(packs) != 1:
-        raise ValueError(f"a rank trains on one pack at a time, got {len(packs)}")
-    return packs[0]
+    if len(rows) != 1:
+        raise ValueError(f"a rank trains on one pack at a time, got {len(rows)}")
+    return rows[0]["batch"]

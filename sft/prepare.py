@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment import job, models
 from alignment.rows import first_rows
-from sft.cache import REJECTED, TokenizedRows, prepare_source, short
+from sft.cache import REJECTED, TokenizedRows, cached_source, prepare_source, short
 from sft.config import SFTConfig
 from sft.mixture import Mixture, mix
 
@@ -22,6 +22,12 @@ from sft.mixture import Mixture, mix
 def prepare(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> TokenizedRows:
     """The tokenized rows of all sources, mapped into memory. Every rank calls it, before any process group exists."""
     return TokenizedRows([prepare_source(source.rows, tokenizer, config.prepare) for source in config.sources])
+
+
+def cached_rows(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> TokenizedRows | None:
+    """As `prepare`, but None where a source is not in the cache."""
+    sources = [cached_source(source.rows, tokenizer, config.prepare) for source in config.sources]
+    return None if None in sources else TokenizedRows([source for source in sources if source is not None])
 
 
 def check_sources(config: SFTConfig) -> list[str]:

@@ -3,38 +3,26 @@
     accelerate launch --config_file configs/accelerate/cpu-ep2.yaml -m sft.train --config configs/sft/demo.yaml
     python -m sft.train --config configs/sft/demo.yaml --dry-run
 
-Writes `output_dir/model` (a transformers folder) and `ledger.json`, which accounts for every row and token. With a
-section `lora` also `output_dir/adapter` (a peft folder), and `model` is the base with the adapter merged into it.
+Writes `output_dir/model` (a transformers folder), `ledger.json`, which accounts for every row and token, `rejects.jsonl`
+(the rows that do not train, and why), `mixture.json` (what each source gives to an epoch) and `plan/`, the packs in
+their order. With a section `lora` also `output_dir/adapter` (a peft folder), and `model` is the base with the adapter
+merged into it.
 """
 
-from collections.abc import Sequence, Sized
-from typing import Any, cast
+from collections.abc import Sequence
 
-import trl.trainer.utils
-from torch.utils.data import SequentialSampler
 from trl.trainer.sft_config import SFTConfig as TRLConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
-from alignment import adapters, attention, job, models, training
-from alignment.ledger import Ledger
+from alignment import adapters, atomic, attention, job, models, training
 from alignment.moe.adapters import check_adapter
 from alignment.moe.config import expert_parallel_size
-from alignment.moe.router_trainer import RouterLossMixin
-from alignment.moe.trainer import ExpertParallelTrainerMixin
-from alignment.rows import first_rows, local_inputs
+from alignment.packing import PackingPlan
+from alignment.rows import local_inputs
 from sft import data
 from sft.config import SFTConfig
-
-# TRL projects all positions through its fused head unless Triton runs, where it projects the labelled ones only. On a
-# CPU that is right too, and saves a fifth of a small model's step: the name decides nothing else in that module.
-vars(trl.trainer.utils).update(_use_triton=lambda _: True)
-
-
-class PackedSFTTrainer(RouterLossMixin, ExpertParallelTrainerMixin, SFTTrainer):
-    """TRL's trainer over packs in the order of their plan: rank r takes pack i * world + r."""
-
-    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        return SequentialSampler(cast(Sized, self.train_dataset))
+from sft.mixture import Mixture, mix, write_rejects
+from sft.prepare import cached_rows, check_sources, describe_mixture, prepare
+from sft.trainer import PackedSFTTrainer
 
 
 def run(config: SFTConfig) -> None:
@@ -43,36 +31,56 @@ def run(config: SFTConfig) -> None:
         if this.done:
             return
         tokenizer = models.load_tokenizer(config.model)
-        ledger = Ledger()
-        samples = data.tokenize(data.mixture(config.sources, config.seed), tokenizer, config.packing, ledger)
-        packs, utilisation = data.pack_epochs(
-            samples,
-            config.packing.capacity,
-            training.world_size() * config.training.accumulation,
-            config.training.epochs,
-            config.seed,
-            tokenizer.pad_token_id,
-        )
+        rows = prepare(config, tokenizer)  # no rank has a process group yet, so none runs into its timeout
+        mixture = mix(config, rows) if this.is_main else None
         attention.register()
         model = models.load_model(config.model, tokenizer, seed=config.seed, attn_implementation=attention.SEGMENTS)
+        plan = _stored_plan(this, config, mixture)
         trainer = PackedSFTTrainer(
             model=model,
             args=_arguments(this, config),
-            train_dataset=packs,
-            data_collator=data.collate,
+            packs=data.PackedRows(rows, plan, config.packing.limit, tokenizer.pad_token_id),
             processing_class=tokenizer,
             router=config.training.router,
             peft_config=adapters.peft_config(config.lora, model) if config.lora else None,
         )
         metrics = training.train(trainer, this)
         _save(trainer, this, config)
-        if this.is_main:
-            ledger.write(this.dir / "ledger.json")
-        this.finish(
-            metrics
-            | {"packing.utilisation": utilisation, "packing.packs": len(packs)}
-            | {f"rows.{key}": value for key, value in ledger.as_dict().items() if isinstance(value, int)}
-        )
+        if mixture is not None:
+            metrics |= _account(this, mixture)
+        this.finish(metrics | _figures(plan))
+
+
+def _stored_plan(this: job.Job, config: SFTConfig, mixture: Mixture | None) -> PackingPlan:
+    """The packs of the run, planned once: rank 0 stores them, all map them into memory."""
+    size = packs_per_step(config)
+    folder = this.dir / "plan" / f"{size}-packs-a-step"
+    if mixture is not None and not folder.exists():
+        data.plan_packs(mixture, config.packing, size, config.seed).save(folder)
+    return data.wait_for_plan(folder)
+
+
+def packs_per_step(config: SFTConfig) -> int:
+    return training.world_size() * config.training.accumulation
+
+
+def _account(this: job.Job, mixture: Mixture) -> dict[str, int]:
+    """Write where every row went; returns the counts."""
+    mixture.ledger.write(this.dir / "ledger.json")
+    atomic.write_json(this.dir / "mixture.json", mixture.sources)
+    write_rejects(mixture, this.dir / "rejects.jsonl")
+    return {f"rows.{key}": value for key, value in mixture.ledger.as_dict().items() if isinstance(value, int)}
+
+
+def _figures(plan: PackingPlan) -> dict[str, float]:
+    imbalance = plan.imbalance(training.world_size())
+    return {
+        "packing.utilisation": plan.utilisation,
+        "packing.padding_share": plan.padding_share,
+        "packing.imbalance_tokens": imbalance.tokens,
+        "packing.imbalance_attention": imbalance.attention,
+        "packing.packs": plan.packs,
+    }
 
 
 def _save(trainer: PackedSFTTrainer, this: job.Job, config: SFTConfig) -> None:
@@ -103,15 +111,27 @@ def _arguments(this: job.Job, config: SFTConfig) -> TRLConfig:
 def plan(config: SFTConfig) -> list[str]:
     models.check_model(config.model)
     memory = training.check_parallel(config.model)
-    for source in config.sources:
-        first_rows(source.rows, "messages")
-    packs = training.world_size() * config.training.accumulation
+    size = packs_per_step(config)
     return [
         f"model: {config.model.path or config.model.preset}",
         *_plan_adapter(config),
-        f"rows: {', '.join(s.rows for s in config.sources)}",
-        f"step: {packs} packs of {config.packing.capacity} tokens = {packs * config.packing.capacity} tokens",
+        *check_sources(config),
+        *_plan_steps(config, size),
+        f"step: {size} packs of {config.packing.capacity} tokens = {size * config.packing.capacity} tokens",
         *memory,
+    ]
+
+
+def _plan_steps(config: SFTConfig, size: int) -> list[str]:
+    """What the mixture drops, and the steps: known once the rows are tokenized."""
+    rows = cached_rows(config, models.load_tokenizer(config.model))
+    if rows is None:
+        return ["steps: known once the rows are tokenized, by sft.prepare with this config"]
+    mixture = mix(config, rows)
+    packs = data.plan_packs(mixture, config.packing, size, config.seed)
+    return [
+        *describe_mixture(mixture),
+        f"steps: {packs.steps:,}; utilisation {packs.utilisation:.2%}, padding {packs.padding_share:.2%}",
     ]
 
 

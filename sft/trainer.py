@@ -16,8 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from alignment.isolation import check_isolation
 from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
-from alignment.packing import PackingPlan
-from sft.data import PackedRows
+from sft.data import PackedRows, collate
 from sft.loss import add_summed_loss, takes_summed_loss
 
 # TRL projects all positions through its fused head unless Triton runs, where it projects the labelled ones only. On a
@@ -63,7 +62,9 @@ class SummedLossTrainer(SFTTrainer):
 class PackedSFTTrainer(RouterLossMixin, ExpertParallelTrainerMixin, SummedLossTrainer):
     """Packs in the order of their plan: rank r takes pack i * world + r."""
 
-    train_dataset: PackedRows
+    def __init__(self, *args: Any, packs: PackedRows, **kwargs: Any) -> None:
+        self.plan = packs.plan
+        super().__init__(*args, train_dataset=packs.as_dataset(), data_collator=collate, **kwargs)
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
         return SequentialSampler(cast(Sized, self.train_dataset))
@@ -84,7 +85,7 @@ class PackedSFTTrainer(RouterLossMixin, ExpertParallelTrainerMixin, SummedLossTr
         """Speed and packing of the steps since the last line; tokens are those of all ranks."""
         (first, began), (last, now) = self._logged, (self.state.global_step, time.perf_counter())
         self._logged = (last, now)
-        steps: PackingPlan = self.train_dataset.plan.of_steps(first, last)
+        steps = self.plan.of_steps(first, last)
         imbalance = steps.imbalance(self.args.world_size)
         return {
             "valid_tokens_per_second": int(steps.tokens.sum()) / (now - began),

@@ -36,7 +36,7 @@ from alignment.moe.router_losses import (
 from alignment.moe.routing import RouterWatch, Routing
 
 # What a forward needs to route its tokens; the rest of a batch (labels, margins) is for the loss.
-ROUTING_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
+ROUTING_INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "max_length_q")
 
 
 class RouterLossMixin(Trainer):

@@ -54,6 +54,8 @@ class ExpertParallelTrainerMixin(Trainer):
         super().__init__(*args, **kwargs)
         if self.expert_parallel_size:
             self._check_launch()
+        self._check_world_size()
+        if self.expert_parallel_size:
             self._check_arguments()
             if isinstance(self.model, PeftModel):
                 adapters.prepare(self.model, self.accelerator.state.deepspeed_plugin.zero_stage)
@@ -65,16 +67,19 @@ class ExpertParallelTrainerMixin(Trainer):
         return cast(PreTrainedModel, self.model)
 
     def _check_launch(self) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
         if not self.is_deepspeed_enabled:
             raise UserError(
                 "expert parallelism was asked for, but accelerate has dropped DeepSpeed\n"
                 "unset ACCELERATE_USE_CPU, and use_cpu in the accelerate config and the training arguments"
             )
+
+    def _check_world_size(self) -> None:
+        """Ranks that do not know of each other would each train alone, on rows that they take for theirs."""
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.args.world_size != launched:
             raise UserError(
                 f"{launched} processes were launched, but the trainer sees {self.args.world_size}\n"
-                "set ddp_backend=alignment.moe.trainer.ddp_backend() in the training arguments when there is no GPU"
+                "start them with `accelerate launch`, with --cpu where there is no GPU and no DeepSpeed config"
             )
 
     def _check_arguments(self) -> None:
