@@ -21,11 +21,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import PreTrainedTokenizerBase
 
 from alignment import atomic, job
@@ -225,7 +226,7 @@ def _revision(source: str) -> str:
     name = source.partition(":")[0]
     try:
         revision = huggingface_hub.HfApi().dataset_info(name).sha
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError) as error:
+    except (HfHubHTTPError, HFValidationError, ConnectionError, httpx.HTTPError) as error:
         raise UserError(
             f"{source}: the hub does not say which revision this is: {str(error).splitlines()[0]}"
         ) from None

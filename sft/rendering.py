@@ -156,7 +156,7 @@ class _Process:
 
 
 class _Processes:
-    """Processes that render; a thread of this one waits for each."""
+    """Up to `count` processes that render, no more than there are chunks; a thread of this one waits for each."""
 
     def __init__(self, count: int, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -168,8 +168,6 @@ class _Processes:
     @contextmanager
     def open(self) -> Iterator[Self]:
         try:
-            for _ in range(self.count):
-                self._start()
             yield self
         finally:
             for process in self.all:
@@ -182,6 +180,8 @@ class _Processes:
     def in_order(self, pending: Iterator[Chunk]) -> Iterator[pa.RecordBatch]:
         under_way: deque[Future[pa.RecordBatch]] = deque()
         for chunk in pending:
+            if len(self.all) < self.count:
+                self._start()
             under_way.append(self.threads.submit(self._render, chunk))
             if len(under_way) == CHUNKS_AHEAD * self.count:
                 yield under_way.popleft().result()
