@@ -32,6 +32,12 @@ from alignment.errors import UserError
 
 SEGMENTS = "segments"
 Kernel = Literal["torch varlen", "flash-attn", "per segment", "block-diagonal"]
+TITLES: dict[Kernel, str] = {
+    "torch varlen": "torch's variable-length attention",
+    "flash-attn": "flash-attn's variable-length attention",
+    "per segment": "torch's fused attention, once a packed sample",
+    "block-diagonal": "torch's fused attention under a block-diagonal mask",
+}
 
 # What transformers hands through to every attention, and what changes nothing here.
 NEUTRAL = {
@@ -56,7 +62,7 @@ class Choice:
 
     @property
     def detail(self) -> str:
-        return f"{self.kernel}: {self.reason}" if self.reason else self.kernel
+        return f"{TITLES[self.kernel]}: {self.reason}" if self.reason else TITLES[self.kernel]
 
 
 @dataclass(frozen=True)

@@ -237,15 +237,19 @@ def build_tag(found: str | None) -> str:
 
 
 def attention() -> Check:
-    """How packed samples are kept apart in training."""
+    """Which kernel keeps packed samples apart in training, for heads of 128."""
     try:
         import torch
 
-        from alignment.attention import SEGMENTS
+        from alignment.attention import SEGMENTS, choose
     except BROKEN as error:
         return Check("Attention", "wrong", f"cannot be imported: {error}", SETUP)
-    kernel = "torch's fused attention on the GPU" if torch.cuda.is_available() else "torch's CPU kernel"
-    return Check("Attention", "ok", f"{SEGMENTS}: {kernel}, once a packed sample")
+    if not torch.cuda.is_available():
+        return Check("Attention", "ok", f"{SEGMENTS}: {choose(torch.device('cpu'), torch.float32, 128, 128).detail}")
+    choices = {dtype: choose(torch.device("cuda", 0), dtype, 128, 128) for dtype in (torch.bfloat16, torch.float32)}
+    detail = "; ".join(f"{str(dtype).removeprefix('torch.')}: {choice.detail}" for dtype, choice in choices.items())
+    status: Status = "note" if any(choice.reason for choice in choices.values()) else "ok"
+    return Check("Attention", status, f"{SEGMENTS}: {detail}")
 
 
 def kernels() -> list[Check]:

@@ -5,9 +5,9 @@ On the very model, engine and device that train, two questions are put to a few 
 * Are packed logits those of each sample alone through transformers' own attention? This finds wrong attention and
   positions that do not restart. The yardstick is what one segment over all samples would change.
 * Does a sample's neighbour change it? Two samples are replaced, and those behind them must stay as they were. All
-  shapes stay too, so that nothing else moves them, in bfloat16 neither: a state that crosses from sample to sample shows
-  even where it is far below the rounding that packed and separate logits differ by. The sample in front cannot see the
-  change: what moves there is rounding, where experts meet other tokens.
+  shapes stay too, so that nothing else moves them, in bfloat16 neither: a state that crosses from sample to sample
+  shows even where it is far below the rounding that packed and separate logits differ by. The sample in front cannot
+  see the change: what moves there is rounding, where experts meet other tokens.
 """
 
 import inspect
@@ -48,12 +48,19 @@ class Gap:
     dtype: torch.dtype
 
     @property
+    def alone_limit(self) -> float:
+        return max(self.one_segment * SHARE[self.dtype], ROUNDING[self.dtype])
+
+    @property
+    def neighbour_limit(self) -> float:
+        return max(self.noise * LEAK_OVER_NOISE, LEAK[self.dtype])
+
+    @property
     def excess(self) -> float:
         """The larger of both gaps in units of its limit: above 1 samples are not kept apart."""
         if not math.isfinite(self.alone + self.neighbour):
             return math.inf
-        alone = self.alone / max(self.one_segment * SHARE[self.dtype], ROUNDING[self.dtype])
-        return max(alone, self.neighbour / max(self.noise * LEAK_OVER_NOISE, LEAK[self.dtype]))
+        return max(self.alone / self.alone_limit, self.neighbour / self.neighbour_limit)
 
 
 def check_isolation(model: nn.Module, module: PreTrainedModel, vocab_size: int, pack: Pack | None = None) -> Gap:
@@ -78,13 +85,21 @@ def check_isolation(model: nn.Module, module: PreTrainedModel, vocab_size: int, 
         gap = _measure(model, module, vocab_size, pack or pack_samples, device)
     worst = max(_of_all_ranks(gap), key=lambda one: one.excess)
     if worst.excess > 1:
-        raise UserError(
-            f"{_describe(module)}: packed samples are not kept apart\n"
-            f"packed logits differ from separate ones by {worst.alone:.1e} (one segment over all: "
-            f"{worst.one_segment:.1e}), and by {worst.neighbour:.1e} when a neighbour changes (rounding: {worst.noise:.1e})\n"
-            "expected attention alone to join tokens, through transformers' attention interface, and positions that restart"
-        )
+        raise UserError(f"{_describe(module)}: packed samples are not kept apart\n{_findings(worst)}")
     return worst
+
+
+def _findings(gap: Gap) -> str:
+    if gap.neighbour > gap.neighbour_limit:
+        return (
+            f"a sample's logits change by {gap.neighbour:.1e} with its neighbour, expected at most "
+            f"{gap.neighbour_limit:.1e}\n"
+            "train a model whose layers join tokens by attention alone, through transformers' attention interface"
+        )
+    return (
+        f"packed logits differ from separate ones by {gap.alone:.1e}, expected at most {gap.alone_limit:.1e}\n"
+        "its attention is not transformers', or the positions of a sample do not restart"
+    )
 
 
 def pack_samples(samples: Sequence[Tensor]) -> dict[str, Any]:

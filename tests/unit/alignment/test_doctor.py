@@ -195,6 +195,23 @@ def test_broken_torch_is_a_finding_and_no_crash(monkeypatch: pytest.MonkeyPatch)
     assert "cannot be imported" in checks[0].detail
 
 
+def test_kernel_of_packed_attention_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from alignment import attention
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fused = "torch's fused attention, once a packed sample"
+    assert doctor.attention() == Check("Attention", "ok", f"segments: {fused}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    attention.choose.cache_clear()
+    assert doctor.attention() == Check(
+        "Attention", "note", f"segments: bfloat16: {fused}: sm_75 is older than sm_80; float32: {fused}"
+    )
+    attention.choose.cache_clear()
+
+
 def test_gpu_without_a_cuda_torch_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
