@@ -82,12 +82,14 @@ def table(claims: Sequence[dict[str, Any]]) -> Table:
     found = Table("claim", "value", "ours", "peer's", "peer", box=box.MARKDOWN)
     for claim in claims:
         settings, unit = claim["settings"], claim["unit"]
-        if unit == "x":
+        if unit == "x" and "seconds" in settings:
             value, ours, theirs = claim["value"], settings["seconds"], settings["peer_seconds"]
             cells = [f"{value:.1f}x", f"{ours:.3g} s", f"{theirs:.3g} s"]
+        elif unit == "x":
+            cells = [f"{claim['value']:.2f}x", f"{settings['own_value']:,}", f"{settings['peer_value']:,}"]
         else:
             known = [claim["value"], claim["value"], settings["peer_value"]]
-            cells = [f"{number:.3g} s" if unit == "s" else f"{number:.4f}" for number in known]
+            cells = [f"{number:.3g} s" if unit == "s" else f"{number:.4f}" if number >= 1e-4 or not number else f"{number:.1e}" for number in known]
         found.add_row(claim["claim"], *cells, claim["peer"])
     return found
 
