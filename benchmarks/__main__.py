@@ -89,7 +89,14 @@ def table(claims: Sequence[dict[str, Any]]) -> Table:
             cells = [f"{claim['value']:.2f}x", f"{settings['own_value']:,}", f"{settings['peer_value']:,}"]
         else:
             known = [claim["value"], claim["value"], settings["peer_value"]]
-            cells = [f"{number:.3g} s" if unit == "s" else f"{number:.4f}" if number >= 1e-4 or not number else f"{number:.1e}" for number in known]
+            cells = [
+                f"{number:.3g} s"
+                if unit == "s"
+                else f"{number:.4f}"
+                if number >= 1e-4 or not number
+                else f"{number:.1e}"
+                for number in known
+            ]
         found.add_row(claim["claim"], *cells, claim["peer"])
     return found
 

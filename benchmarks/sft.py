@@ -1,11 +1,11 @@
-"""Packed SFT against TRL's SFTTrainer on two CPU ranks: valid tokens a second, and the loss of a step however it is cut.
+"""Packed SFT against TRL's SFTTrainer on two CPU ranks: valid tokens a second, and a step's loss however it is cut.
 
     python -m benchmarks.sft
 
-TRL runs in its three modes: padded batches, batches of like length, and packs by best fit decreasing. All train the
-same model on the same rows with about as many tokens a step, the assistant's tokens alone bear loss, and every run has
-processes of its own, in turns: ours changes TRL where it is imported. The rows are those of ../shared/data where that is
-there, else made of words, of log-normal length.
+TRL runs in its three modes: padded batches, batches of like length, and packs by best fit decreasing. All train the same
+model on the same rows with about as many tokens a step, the assistant's tokens alone bear loss, and every run has
+processes of its own, in turns: ours changes TRL where it is imported. The rows are those of ../shared/data where that
+is there, else made of words, of log-normal length.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from benchmarks import report
 RANKS, ROUNDS, STEPS, WARM_UP = 2, 3, 10, 2
 ROWS, CAPACITY, BATCH, VOCABULARY = 3000, 1024, 8, 8192
 LOSS_STEPS = 20
-PEERS = {
+PEERS: dict[str, dict[str, Any]] = {
     "padded": {"per_device_train_batch_size": BATCH},
     "grouped": {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "group_by_length"},
     "bfd": {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": 1},
@@ -44,10 +44,9 @@ def rows() -> tuple[Rows, str]:
     """Conversations of mixed length, and what they are."""
     if not GPTEACHER.is_dir():
         return _made_rows(), "words, log-normal"
-    found = []
-    for path in sorted(GPTEACHER.glob("*.json.gz")):
-        for row in json.loads(gzip.decompress(path.read_bytes())):
-            found.append(_conversation(f"{row['instruction']}\n{row['input']}".strip(), row["response"]))
+    files = sorted(GPTEACHER.glob("*.json.gz"))
+    given = [row for path in files for row in json.loads(gzip.decompress(path.read_bytes()))]
+    found = [_conversation(f"{row['instruction']}\n{row['input']}".strip(), row["response"]) for row in given]
     random.Random(0).shuffle(found)
     return found[:ROWS], "gpteacher"
 
@@ -72,9 +71,9 @@ def tiny_model(tokenizer: Any, **options: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.Ernie4_5_MoeConfig(
+    config: Any = transformers.Ernie4_5_MoeConfig(
         vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-        head_dim=32, moe_num_experts=16, moe_k=4, moe_intermediate_size=128, moe_num_shared_experts=2,
+        moe_num_experts=16, moe_k=4, moe_intermediate_size=128, moe_num_shared_experts=2,
         moe_layer_start_index=0, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
@@ -116,7 +115,9 @@ def ours(folder: Path, tokenizer: Any, steps: int = STEPS, singly: bool = False)
     from sft.data import PackedRows
     from sft.trainer import PackedSFTTrainer
 
-    there = TokenizedRows([prepare_source(str(folder / "rows.jsonl"), tokenizer, PrepareConfig(cache=folder / "tokens"))])
+    there = TokenizedRows(
+        [prepare_source(str(folder / "rows.jsonl"), tokenizer, PrepareConfig(cache=folder / "tokens"))]
+    )
     usable = np.flatnonzero((there.reasons == 0) & (there.lengths <= CAPACITY))
     plan = plan_epoch(there.lengths[usable], CAPACITY, RANKS, 64, np.random.default_rng(0))
     plan = dataclasses.replace(plan, order=usable[plan.order])
@@ -156,22 +157,20 @@ def train(trainer: Any) -> dict[str, Any]:
     from transformers import TrainerCallback
     from transformers.trainer_callback import PrinterCallback
 
+    seen: list[tuple[float, int]] = []
+
     class Clock(TrainerCallback):
-        seen: list[tuple[float, int]] = []
-
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seen.append((time.perf_counter(), valid_tokens(trainer)))
+            seen.append((time.perf_counter(), valid_tokens(trainer)))
 
-    clock = Clock()
-    clock.seen = []
-    trainer.add_callback(clock)
+    trainer.add_callback(Clock())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    (began, before), (ended, after) = clock.seen[WARM_UP - 1], clock.seen[-1]
+    (began, before), (ended, after) = seen[WARM_UP - 1], seen[-1]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
         "speed": (after - before) / (ended - began),
-        "tokens_a_step": (after - before) / (len(clock.seen) - WARM_UP),
+        "tokens_a_step": (after - before) / (len(seen) - WARM_UP),
         "losses": losses,
     }
 
@@ -234,9 +233,9 @@ def main() -> None:
         runs = [launch("ours", folder) | launch("peers", folder) for _ in range(ROUNDS)]
         gap = launch("loss", folder)
     speeds = {mode: statistics.median(run[mode]["speed"] for run in runs) for mode in ("ours", *PEERS)}
-    settings = {
-        "rows": f"{len(conversations):,} of {source}", "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32", "rounds": ROUNDS,
-        "steps": STEPS - WARM_UP, "model": "Ernie4_5_Moe, 10M parameters",
+    settings: dict[str, Any] = {
+        "rows": f"{len(conversations):,} of {source}", "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32",
+        "rounds": ROUNDS, "steps": STEPS - WARM_UP, "model": "Ernie4_5_Moe, 10M parameters",
         "tokens_a_step": {mode: round(run["tokens_a_step"]) for mode, run in runs[0].items()},
         "last_loss": {mode: round(run["losses"][-1], 3) for mode, run in runs[0].items()},
     }  # fmt: skip

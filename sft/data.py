@@ -1,10 +1,11 @@
 """Packs as a data set: the plan of a run, and batches made from the memory-mapped rows when they are asked for.
 
-Shapes: T tokens of a pack, padding included; S samples in it, the padding counted as one.
+Shapes: T tokens, S samples of a pack.
 """
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -66,27 +67,9 @@ class PackedRows:
         return self.plan.packs
 
     def __getitem__(self, number: int) -> Batch:
-        """One row of tokens; positions restart at every sample, whose ends are `cu_seq_lens_q` [S + 1].
-
-        The padding is a sample of its own at the end, without labels, and does not count in `attention_mask`, which
-        says what counts; attention itself goes by the ends.
-        """
         samples = self.plan.pack(number)
         ids, trained = self.rows.take(samples, self.limit)
-        width = int(self.plan.widths[number])
-        lengths = [*self._lengths(samples).tolist(), *([width - len(ids)] if len(ids) < width else [])]
-        input_ids_T = torch.full((width,), self.pad_id)
-        input_ids_T[: len(ids)] = torch.from_numpy(ids)
-        labels_T = torch.full((width,), IGNORED)
-        labels_T[: len(ids)] = torch.from_numpy(np.where(trained, ids, IGNORED))
-        return {
-            "input_ids": input_ids_T[None],
-            "attention_mask": (torch.arange(width) < len(ids)).long()[None],
-            "labels": labels_T[None],
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
-            "max_length_q": max(lengths),
-        }
+        return batch(ids, trained, self._lengths(samples).tolist(), int(self.plan.widths[number]), self.pad_id)
 
     def as_dataset(self) -> datasets.Dataset:
         """What TRL takes: a table of the packs' numbers, whose rows become batches when they are read."""
@@ -96,6 +79,35 @@ class PackedRows:
     def _lengths(self, samples: np.ndarray) -> np.ndarray:
         lengths = self.rows.lengths[samples]
         return lengths if self.limit is None else np.minimum(lengths, self.limit)
+
+
+def batch(ids_T: np.ndarray, trained_T: np.ndarray, lengths_S: list[int], width: int, pad_id: int) -> Batch:
+    """One row of `width` tokens; positions restart at every sample, whose ends are `cu_seq_lens_q` [S + 1].
+
+    The padding is a sample of its own at the end, without labels, and does not count in `attention_mask`, which says
+    what counts; attention itself goes by the ends.
+    """
+    tokens = len(ids_T)
+    lengths = [*lengths_S, *([width - tokens] if tokens < width else [])]
+    input_ids = torch.full((1, width), pad_id)
+    input_ids[0, :tokens] = torch.from_numpy(ids_T)
+    labels = torch.full((1, width), IGNORED)
+    labels[0, :tokens] = torch.from_numpy(np.where(trained_T, ids_T, IGNORED))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(width) < tokens).long()[None],
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+        "max_length_q": max(lengths),
+    }
+
+
+def probe(samples: Sequence[Tensor]) -> Batch:
+    """What training makes of these samples, each [T], without labels."""
+    ids = torch.cat(list(samples)).numpy()
+    made = batch(ids, np.zeros(len(ids), bool), [len(sample) for sample in samples], len(ids), pad_id=0)
+    return {name: value for name, value in made.items() if name != "labels"}
 
 
 def collate(rows: list[dict[str, Batch]]) -> Batch:

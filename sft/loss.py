@@ -7,7 +7,7 @@ no second pass. Shapes: B rows, T tokens, N labelled tokens, D model dim, V voca
 
 import functools
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_he
 def summed_nll(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """-sum_n log softmax(W h_n + b)[target_n], a scalar; zero, with zero gradients, where N is 0."""
     chunk = CHUNK.get(hidden_ND.device.type)
-    options = nn.LinearCrossEntropyOptions(
-        batch_chunk_size=chunk, chunking_method="auto" if chunk is None else None
-    )
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method="auto" if chunk is None else None)
     return linear_cross_entropy(
         hidden_ND,
         weight_VD,
@@ -51,7 +49,7 @@ def add_summed_loss(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, summed_loss=True)` return the summed loss alone; else it is called as before."""
     forward = model.forward
 
-    @functools.wraps(forward)
+    @functools.wraps(type(model).forward)
     def with_summed_loss(
         self: Any, *args: Any, summed_loss: bool = False, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:
@@ -64,6 +62,6 @@ def add_summed_loss(model: PreTrainedModel) -> None:
         with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 gathers for modules that are called
             hidden_ND = hidden_BTD[:, :-1][labelled_BT].to(head.weight.dtype)
             loss = summed_nll(hidden_ND, head.weight, labels[:, 1:][labelled_BT], head.bias)
-        return CausalLMOutputWithPast(loss=loss)
+        return CausalLMOutputWithPast(loss=cast(torch.FloatTensor, loss))
 
     vars(model)["forward"] = MethodType(with_summed_loss, model)

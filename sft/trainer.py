@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from alignment.isolation import check_isolation
 from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
-from sft.data import PackedRows, collate
+from sft.data import PackedRows, collate, probe
 from sft.loss import add_summed_loss, takes_summed_loss
 
 # TRL projects all positions through its fused head unless Triton runs, where it projects the labelled ones only. On a
@@ -72,7 +72,8 @@ class PackedSFTTrainer(RouterLossMixin, ExpertParallelTrainerMixin, SummedLossTr
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         model, _ = prepared
-        check_isolation(model, self._causal_model, self._causal_model.get_input_embeddings().num_embeddings)
+        module = self._causal_model
+        check_isolation(model, module, module.config.get_text_config().vocab_size, probe)
         self._logged = (self.state.global_step, time.perf_counter())
         return prepared
 
