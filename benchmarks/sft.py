@@ -2,8 +2,8 @@
 
     python -m benchmarks.sft
 
-TRL runs in its three modes: padded batches, batches of like length, and packs by best fit decreasing. All train the same
-model on the same rows with about as many tokens a step, the assistant's tokens alone bear loss, and every run has
+TRL runs in its three modes: padded batches, batches of like length, and packs by best fit decreasing. All train the
+same model on the same rows with about as many tokens a step, the assistant's tokens alone bear loss, and every run has
 processes of its own, in turns: ours changes TRL where it is imported. The rows are those of ../shared/data where that
 is there, else made of words, of log-normal length.
 """
