@@ -116,8 +116,11 @@ def _mixture(stages: Sequence[StageRun]) -> list[Block]:
     ]
     if not rows:
         return []
-    columns = ["stage", "source", "rows", "drawn", "rows an epoch", "tokens an epoch", "share of tokens"]
-    caption = "The mixture: what each source holds, what the run draws of it, and what it gives to an epoch."
+    columns = ["stage", "source", "rows", "drawn", "in an epoch", "tokens", "share"]
+    caption = (
+        "The mixture: what each source holds, what the run draws of it, and what it gives to an epoch in rows, in "
+        "tokens, and as a share of the tokens."
+    )
     return [Table(columns, rows, caption, words=(0, 1))]
 
 
