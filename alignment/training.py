@@ -166,15 +166,24 @@ class JobCallback(TrainerCallback):
             self.next_line = time.time() + LINE_SECONDS
             speed = (state.global_step - self.first_step) / (time.time() - self.began)
             left = (state.max_steps - state.global_step) / speed if speed else 0
-            print(
-                f"step {state.global_step}/{state.max_steps}  loss {values['loss']:.4f}  {left:.0f} s left", flush=True
-            )
+            parts = [f"step {state.global_step}/{state.max_steps}", f"loss {values['loss']:.4f}", *_live(values)]
+            print("  ".join([*parts, f"{left:.0f} s left"]), flush=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         _barrier()
         if self.job.is_main:
             (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / WHOLE).touch()
         _barrier()
+
+
+def _live(values: Mapping[str, float]) -> list[str]:
+    """Speed and padding, of trainers that log them."""
+    parts = []
+    if "valid_tokens_per_second" in values:
+        parts.append(f"{values['valid_tokens_per_second']:,.0f} valid tokens/s")
+    if "packing/padding_share" in values:
+        parts.append(f"padding {values['packing/padding_share']:.1%}")
+    return parts
 
 
 def _agree(signum: int) -> int:

@@ -35,6 +35,10 @@ class Reader:
     def json(self, path: Path) -> dict[str, Any]:
         return self._read(path, lambda: dict(json.loads(path.read_text(encoding="utf-8"))), {})
 
+    def objects(self, path: Path) -> list[dict[str, Any]]:
+        """A JSON file that holds a list of objects."""
+        return self._read(path, lambda: [dict(item) for item in json.loads(path.read_text(encoding="utf-8"))], [])
+
     def yaml(self, path: Path) -> dict[str, Any]:
         return self._read(path, lambda: dict(yaml.safe_load(path.read_text(encoding="utf-8"))), {})
 
@@ -86,6 +90,11 @@ class Run:
     def prompts(self) -> list[dict[str, Any]]:
         """by_prompt.jsonl of an evaluation."""
         return self.reader.lines(self.dir / "by_prompt.jsonl")
+
+    @cached_property
+    def mixture(self) -> list[dict[str, Any]]:
+        """mixture.json of SFT: what each source gives to an epoch."""
+        return self.reader.objects(self.dir / "mixture.json")
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of every line of the history that has `key`."""

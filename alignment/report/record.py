@@ -61,6 +61,8 @@ def _ledger_row(name: str, ledger: dict[str, Any]) -> list[Cell]:
     dropped = numbers(ledger.get("dropped") or {})
     most_first = sorted(dropped.items(), key=lambda item: -item[1])
     reasons = ", ".join(f"{reason} {count:,.0f}" for reason, count in most_first)
+    if ledger.get("truncated"):
+        reasons += f"{'; ' if reasons else ''}{plain(ledger['truncated'])} rows came out truncated"
     rows = [plain(ledger.get(key, "")) for key in ("rows_in", "rows_out")]
     tokens = [plain(ledger.get(key) or "") for key in ("tokens_in", "tokens_trained", "tokens_dropped")]
     return [name, *rows, plain(sum(dropped.values())), reasons, *tokens]

@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
+from statistics import median
 
 from markupsafe import Markup
 
 from alignment.report import plots
 from alignment.report.accuracy import of_evaluation, tones
 from alignment.report.collect import Collected, Run, StageRun, numbers
-from alignment.report.page import Block, Figure, Panel, Section, Table
+from alignment.report.page import Block, Cell, Figure, Panel, Section, Table
 from alignment.report.plots import Curve
 from alignment.report.svg import Point
 from alignment.report.tables import compare, meter, missing, percent, plain
 
 TRAINING = ("sft.train", "reward.train", "reward.sweep", "dpo.train")
 PREFERENCE = ("dpo.train", "dpo.online")
+VALID_SPEED, SPEED = "valid_tokens_per_second", "tokens_per_second"
 RANKED_RIGHT = "Pairs ranked right"
 # A panel each: its title, and the metrics that it shows with their names.
 DIAGNOSTICS = (
@@ -64,22 +66,67 @@ def curves_panel(lines: Sequence[Curve], title: str, marks: Sequence[tuple[float
 
 
 def _packing(stages: Sequence[StageRun]) -> list[Block]:
-    rows = []
-    for stage in stages:
-        known = numbers(stage.run.metrics)
-        if "packing.utilisation" in known:
-            used = known["packing.utilisation"]
-            bar = meter(used) + Markup("&ensp;") + percent(used)
-            rest = [plain(known.get(key, "")) for key in ("packing.packs", "train.steps", "rows.tokens_trained")]
-            rows.append([stage.name, bar, *rest, plain(known.get("train.loss", ""))])
+    """A line for each stage that packs, its speed over the steps, and what its sources give."""
+    packed = [stage for stage in stages if "packing.utilisation" in numbers(stage.run.metrics)]
+    blocks: list[Block] = []
+    if packed:
+        caption = (
+            "Utilisation: tokens over the capacity of all packs. Padding: its share of what the ranks compute on. "
+            "Waiting: how much longer the epochs take than on perfectly even ranks, were time proportional to tokens, "
+            "or to the cost of attention. Valid tokens/s: those of all ranks without padding, median over the log."
+        )
+        columns = ["stage", "packing utilisation", "padding", "waiting, tokens", "waiting, attention"]
+        columns += ["valid tokens/s", "steps", "mean loss"]
+        blocks.append(Table(columns, [_packing_row(stage.run, stage.name) for stage in packed], caption))
+    panels = [panel for stage in stages for panel in _speed_panel(stage)]
+    if panels:
+        caption = "Tokens a second of all ranks, against optimizer steps. The first line of a run holds its warm-up."
+        blocks.append(Figure(panels, caption, columns=2))
+    return [*blocks, *_mixture(stages)]
+
+
+def _packing_row(run: Run, name: str) -> list[Cell]:
+    known = numbers(run.metrics)
+    used = known["packing.utilisation"]
+    waste = ("packing.padding_share", "packing.imbalance_tokens", "packing.imbalance_attention")
+    speeds = [speed for _, speed in run.curve(VALID_SPEED)]
+    return [
+        name,
+        meter(used) + Markup("&ensp;") + percent(used),
+        *(f"{known[key]:.2%}" if key in known else "" for key in waste),
+        f"{median(speeds):,.0f}" if speeds else "",
+        plain(known.get("train.steps", "")),
+        plain(known.get("train.loss", "")),
+    ]
+
+
+def _speed_panel(stage: StageRun) -> list[Panel]:
+    found = [("total", stage.run.curve(SPEED), 0.0), ("valid", stage.run.curve(VALID_SPEED), 1.0)]
+    lines = [Curve(name, points, tone=tone) for name, points, tone in found if points]
+    return [curves_panel(lines, f"{stage.name}: tokens a second")] if lines else []
+
+
+def _mixture(stages: Sequence[StageRun]) -> list[Block]:
+    """What each source gives, of stages that mix several."""
+    rows = [
+        [stage.name, str(source.get("source", "")), *_mixture_row(numbers(source))]
+        for stage in stages
+        if len(stage.run.mixture) > 1
+        for source in stage.run.mixture
+    ]
     if not rows:
         return []
+    columns = ["stage", "source", "rows", "drawn", "in an epoch", "tokens", "share"]
     caption = (
-        "Utilisation: tokens over the capacity of all packs, the filling of the last step included. "
-        "Tokens trained on: those of one epoch that bear loss."
+        "The mixture: what each source holds, what the run draws of it, and what it gives to an epoch in rows, in "
+        "tokens, and as a share of the tokens."
     )
-    columns = ["stage", "packing utilisation", "packs", "steps", "tokens trained on", "mean loss"]
-    return [Table(columns, rows, caption)]
+    return [Table(columns, rows, caption, words=(0, 1))]
+
+
+def _mixture_row(source: dict[str, float]) -> list[Cell]:
+    counts = [plain(source.get(key, "")) for key in ("rows", "drawn", "epoch_rows", "epoch_tokens")]
+    return [*counts, percent(source["token_share"]) if "token_share" in source else ""]
 
 
 def _preference(collected: Collected) -> list[Section]:

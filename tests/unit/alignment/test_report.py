@@ -77,15 +77,8 @@ def write_run(root: Path, prompts: Sequence[dict[str, Any]] = (), n: int = 8, st
     rng = np.random.default_rng(0)
     write_text(runs / "data" / "held_out.jsonl", lines(rows))
     finish(runs / "data", JOBS["data"], {"rows.held_out": len(rows)})
-    for name, used, packs in (("sft", 0.98, 30), ("sft_long", 0.9, 10)):
-        finish(
-            runs / name,
-            "sft.train",
-            {"train.loss": 0.7, "train.steps": steps, "packing.utilisation": used, "packing.packs": packs},
-            config={"packing": {"capacity": 512}},
-            history=[line for i in range(1, steps) for line in routed_step(10 * i, 4 * math.exp(-i / 4))],
-        )
-        write_ledger(runs / name, 100, {"overlong": 4})
+    write_sft(runs / "sft", steps, 0.98, packs=30)
+    write_sft(runs / "sft_long", steps, 0.9, packs=10, speeds=(90.0, 1200.0, 1300.0, 1250.0, 20.0))
     graded = write_evaluation(runs / "evaluate", rows, n, RATES[0], rng)
     finish(runs / "evaluate", "alignment.evaluate", graded, config={"prompts": str(runs / "data" / "held_out.jsonl")})
     finish(runs / "reward_pairs", JOBS["reward_pairs"], {"pairs": 60, "dropped.none_correct": 12})
@@ -101,6 +94,32 @@ def write_run(root: Path, prompts: Sequence[dict[str, Any]] = (), n: int = 8, st
     write_best_of_n(runs / "best_of_n", runs / "evaluate", n, rng)
     write_online(runs / "online", runs / "evaluate", rows, n, steps, rng)
     return path
+
+
+def write_sft(folder: Path, steps: int, used: float, packs: int, speeds: Sequence[float] = ()) -> None:
+    """An SFT run; without `speeds` one of a time when no speed, padding or mixture was written."""
+    metrics = {"train.loss": 0.7, "train.steps": steps, "packing.utilisation": used, "packing.packs": packs}
+    history = [routed_step(10 * i, 4 * math.exp(-i / 4)) for i in range(1, steps)]
+    ledger: dict[str, Any] = {}
+    if speeds:
+        metrics |= {"packing.padding_share": 0.0123, "packing.imbalance_tokens": 0.0034}
+        metrics |= {"packing.imbalance_attention": 0.0056}
+        for (line, _), speed in zip(history, speeds, strict=True):
+            line |= {"valid_tokens_per_second": speed, "tokens_per_second": speed + 10}
+        ledger = {"truncated": 7}
+        sources = [
+            {"source": name, "rows": rows, "drawn": 50, "epoch_rows": 40, "epoch_tokens": 4321, "token_share": share}
+            for name, rows, share in (("general.jsonl", 1000, 0.75), ("<shop>.jsonl", 200, 0.25))
+        ]
+        write_text(folder / "mixture.json", json.dumps(sources))
+    finish(
+        folder,
+        "sft.train",
+        metrics,
+        config={"packing": {"capacity": 512}},
+        history=[line for step in history for line in step],
+    )
+    write_ledger(folder, 100, {"overlong": 4}, ledger)
 
 
 def routed_step(step: int, loss: float) -> list[dict[str, Any]]:
@@ -216,9 +235,9 @@ def finish(
     write_text(folder / "DONE", "now\n")
 
 
-def write_ledger(folder: Path, rows: int, dropped: dict[str, int]) -> None:
+def write_ledger(folder: Path, rows: int, dropped: dict[str, int], more: dict[str, Any] | None = None) -> None:
     ledger = {"rows_in": rows, "rows_out": rows - sum(dropped.values()), "dropped": dropped, "tokens_in": 90 * rows}
-    write_text(folder / "ledger.json", json.dumps(ledger))
+    write_text(folder / "ledger.json", json.dumps(ledger | (more or {})))
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> str:
@@ -361,6 +380,15 @@ def test_sections_tell_the_whole_run(page: str, pipeline: Path) -> None:
     assert "12 pairs' transport was not solved" in text
     assert f"python -m dpo.online --config {pipeline.parent / 'online.yaml'}" in text
     assert "abc123" in text
+
+
+def test_packing_shows_speed_waste_and_mixture_where_they_were_written(page: str) -> None:
+    text = Outline(page).text
+    assert "mean loss sft 98.0% 6 0.7 sft_long 90.0% 1.23% 0.34% 0.56% 1,200 6 0.7" in text, "the median, not the mean"
+    assert "sft_long general.jsonl 1,000 50 40 4,321 75.0% sft_long <shop>.jsonl 200 50 40 4,321 25.0%" in text
+    assert "overlong 4; 7 rows came out truncated" in text
+    panels = re.findall(r"<h4>([^<]*: tokens a second)</h4>", page)
+    assert panels == ["sft_long: tokens a second"] * 2, "for a desktop and a phone"
 
 
 def test_load_of_the_experts_is_that_of_the_last_line(page: str) -> None:

@@ -153,6 +153,28 @@ def test_every_checkpoint_of_a_run_is_marked_whole(tmp_path: Path) -> None:
     assert found == {"checkpoint-6": True, f"checkpoint-{STEPS}": True}, "two are kept"
 
 
+@pytest.mark.parametrize(
+    ("live", "shown"),
+    [
+        ({}, "loss 0.5000"),
+        (
+            {"valid_tokens_per_second": 1234.5, "packing/padding_share": 0.0123},
+            "loss 0.5000  1,234 valid tokens/s  padding 1.2%",
+        ),
+    ],
+)
+def test_the_progress_line_shows_speed_and_padding_where_they_are_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], live: dict[str, float], shown: str
+) -> None:
+    with Job.open("test.line", JobConfig(output_dir=tmp_path)) as job:
+        callback = JobCallback(job, lambda: None)
+        callback.next_line = 0.0
+        arguments = TrainingArguments(output_dir=str(tmp_path / "checkpoints"), use_cpu=True, disable_tqdm=True)
+        state = TrainerState(global_step=3, max_steps=8)
+        callback.on_log(arguments, state, TrainerControl(), logs={"loss": 0.5} | live)
+    assert f"step 3/8  {shown}  " in capsys.readouterr().out
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     rows = [*ROWS[:8], {"x": torch.tensor([math.inf]), "labels": torch.tensor(0.0)}, *ROWS[8:]]
     with pytest.raises(FloatingPointError, match="not finite"):
