@@ -43,7 +43,9 @@ class PackingConfig(Config):
     """How samples become packs."""
 
     capacity: int = Field(2048, ge=16, description="tokens a pack holds, and a rank trains on in one micro-batch")
-    bucket: int = Field(64, ge=1, description="a step's packs are padded to its longest, rounded up to a multiple of this")
+    bucket: int = Field(
+        64, ge=1, description="a step's packs are padded to its longest, rounded up to a multiple of this"
+    )
     overlong: Literal["drop", "truncate", "error"] = Field(
         "drop", description="samples longer than the capacity; truncate keeps their first tokens"
     )

@@ -25,9 +25,7 @@ TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_he
 def summed_nll(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """-sum_n log softmax(W h_n + b)[target_n], a scalar; zero, with zero gradients, where N is 0."""
     chunk = CHUNK.get(hidden_ND.device.type)
-    options = nn.LinearCrossEntropyOptions(
-        batch_chunk_size=chunk, chunking_method="auto" if chunk is None else None
-    )
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method="auto" if chunk is None else None)
     return linear_cross_entropy(
         hidden_ND,
         weight_VD,

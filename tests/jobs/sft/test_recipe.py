@@ -23,14 +23,14 @@ from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM
 
 import sft.train
 from alignment import tokenizer
+from alignment.config import load_config
+from alignment.models import load_tokenizer
 from alignment.packing import PackingPlan
 from alignment.rows import Row, read_rows, write_rows
 from data_builders import questions
 from data_builders.config import QuestionsConfig
-from sft.prepare import cached_rows
-from alignment.config import load_config
-from alignment.models import load_tokenizer
 from sft.config import SFTConfig
+from sft.prepare import cached_rows
 
 ROOT = Path(__file__).parents[3]
 DATA = Path(os.environ.get("SHARED_DATA", ROOT.parent / "shared" / "data"))

@@ -161,9 +161,9 @@ def test_each_line_is_of_the_steps_since_the_last_also_after_a_resume(
     shares = [[line[f"packing/{name}"] for line in lines(whole)] for name in ("padding_share", "utilisation")]
     assert shares == [pytest.approx([3 / 20, 4 / 20, 8 / 16]), pytest.approx([17 / 20, 16 / 20, 8 / 20])]
     assert all(line["packing/imbalance_attention"] == 0 for line in lines(whole)), "one rank waits for none"
-    assert [
-        line["tokens_per_second"] / line["valid_tokens_per_second"] for line in lines(whole)
-    ] == pytest.approx([20 / 17, 20 / 16, 2])
+    assert [line["tokens_per_second"] / line["valid_tokens_per_second"] for line in lines(whole)] == pytest.approx(
+        [20 / 17, 20 / 16, 2]
+    )
 
     folder = tmp_path / "every second step"
     several = trainer(folder, tiny_tokenizer, logging_steps=2)
