@@ -3,10 +3,10 @@
     accelerate launch --config_file configs/accelerate/cpu-ep2.yaml -m sft.train --config configs/sft/demo.yaml
     python -m sft.train --config configs/sft/demo.yaml --dry-run
 
-Writes `output_dir/model` (a transformers folder), `ledger.json`, which accounts for every row and token, `rejects.jsonl`
-(the rows that do not train, and why), `mixture.json` (what each source gives to an epoch) and `plan/`, the packs in
-their order. With a section `lora` also `output_dir/adapter` (a peft folder), and `model` is the base with the adapter
-merged into it.
+Writes `output_dir/model` (a transformers folder), `ledger.json`, which accounts for every row and token,
+`rejects.jsonl` (the rows that do not train, and why), `mixture.json` (what each source gives to an epoch) and `plan/`,
+the packs in their order. With a section `lora` also `output_dir/adapter` (a peft folder), and `model` is the base with
+the adapter merged into it.
 """
 
 from collections.abc import Sequence
