@@ -183,6 +183,8 @@ def test_the_order_is_another_in_every_epoch_and_follows_the_seed() -> None:
     assert np.array_equal(first.order, again.order) and np.array_equal(first.starts, again.starts)
     assert not np.array_equal(first.order, other.order)
     assert not np.array_equal(first.order[:40], first.order[40:])
+    first_steps, second_steps = np.split(first.tokens, 2)
+    assert sorted(first_steps) == sorted(second_steps) and first_steps.tolist() != second_steps.tolist()
     one, _ = planned(1, seed=0)
     assert np.array_equal(one.order, first.order[:40]), "an epoch does not depend on those that follow"
 
