@@ -103,10 +103,14 @@ def _findings(gap: Gap) -> str:
 
 
 def pack_samples(samples: Sequence[Tensor]) -> dict[str, Any]:
-    """One row of tokens, positions that restart, and the ends of the samples."""
+    """One row of tokens, positions that restart, the ends of the samples, and a mask that hides none of them.
+
+    With that mask transformers' own attention no longer looks for samples in the positions, and mixes them.
+    """
     lengths = [len(sample) for sample in samples]
     return {
         "input_ids": torch.cat(list(samples))[None],
+        "attention_mask": torch.ones(1, sum(lengths), dtype=torch.int64),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).int(),
         "max_length_q": max(lengths),

@@ -49,7 +49,7 @@ def add_summed_loss(model: PreTrainedModel) -> None:
     """Let `model(..., labels=labels, summed_loss=True)` return the summed loss alone; else it is called as before."""
     forward = model.forward
 
-    @functools.wraps(type(model).forward)
+    @functools.wraps(type(model).forward)  # the bound one's signature would lose its first argument
     def with_summed_loss(
         self: Any, *args: Any, summed_loss: bool = False, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:

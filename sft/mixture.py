@@ -34,11 +34,6 @@ class Mixture:
     reasons: np.ndarray
     ledger: Ledger
     sources: list[dict[str, Any]]
-    limit: int | None
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (int32 [T]) and whether each is trained (bool [T]) of these rows, truncated where the config says."""
-        return self.rows.take(indices, self.limit)
 
 
 def mix(config: SFTConfig, rows: TokenizedRows) -> Mixture:
@@ -82,8 +77,7 @@ def mix(config: SFTConfig, rows: TokenizedRows) -> Mixture:
         }
         for number, source in enumerate(config.sources)
     ]
-    limit = config.packing.capacity if config.packing.overlong == "truncate" else None
-    return Mixture(rows, epochs, lengths, reasons, ledger, sources, limit)
+    return Mixture(rows, epochs, lengths, reasons, ledger, sources)
 
 
 def write_rejects(mixture: Mixture, path: Path) -> None:

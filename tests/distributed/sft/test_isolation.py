@@ -1,31 +1,20 @@
 """The isolation probe on two gloo ranks: expert parallelism under ZeRO 1 and 3, and plain data parallelism."""
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-WORKER = Path(__file__).parent / "isolation_worker.py"
-SECONDS = 550  # a loaded machine takes several times what a quiet one does
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What every case ended with, of each rank."""
     folder = tmp_path_factory.mktemp("isolation")
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", WORKER, folder],
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    launch("isolation_worker.py", folder, expert_parallel=False)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -172,7 +172,10 @@ def test_model_that_takes_no_ends_is_refused() -> None:
             return super().forward(*inputs, **options)
 
     config = make("llama").config
-    for kind, message in ((Strict, "takes no cu_seq_lens_q, max_length_q"), (Forgetful, "needs cu_seq_lens_q")):
+    for kind, message in (
+        (Strict, "takes no attention_mask, cu_seq_lens_q, max_length_q"),
+        (Forgetful, "needs cu_seq_lens_q"),
+    ):
         model = kind(config)
         with pytest.raises(UserError, match=message):
             check_isolation(model, model, VOCAB)

@@ -88,9 +88,9 @@ def test_expert_parallel_size_is_read_from_the_launchers_config(
 
 def test_ranks_that_take_themselves_for_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    trainer = cast(Any, SimpleNamespace(is_deepspeed_enabled=True, args=SimpleNamespace(world_size=1)))
+    trainer = cast(Any, SimpleNamespace(args=SimpleNamespace(world_size=1)))
     with pytest.raises(UserError, match="2 processes were launched, but the trainer sees 1"):
-        ExpertParallelTrainerMixin._check_launch(trainer)
+        ExpertParallelTrainerMixin._check_world_size(trainer)
 
 
 def test_correction_bias_alone_is_frozen() -> None:

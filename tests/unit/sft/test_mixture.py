@@ -168,7 +168,7 @@ def test_overlong_rows_are_dropped_cut_or_refused() -> None:
     assert cut.lengths[:2].tolist() == [64, 64]
     assert cut.ledger.dropped == {"nothing to train": 1, REJECTED[1]: 1}
     assert (cut.ledger.tokens_trained, cut.ledger.tokens_dropped, cut.ledger.truncated) == (5 + 14, 16 + 90 + 70, 1)
-    ids, trained = cut.take([1, 0])
+    ids, trained = cut.rows.take([1, 0], 64)
     assert ids.tolist() == [80] * 64 + [64] * 64
     assert np.flatnonzero(trained).tolist() == [*range(50, 64), *range(64 + 59, 128)]
 
@@ -248,7 +248,7 @@ def check_ledger(mixture: Mixture, rows: list[Row]) -> None:
     """Counted again, row by row."""
     seen = set(np.concatenate(mixture.epochs).tolist())
     ledger = mixture.ledger
-    kept = {index: mixture.take([index]) for index in seen}
+    kept = {index: mixture.rows.take([index], 64) for index in seen}
     assert all(0 < len(ids) <= 64 and trained[1:].any() for ids, trained in kept.values())
     assert all(mixture.lengths[index] == len(ids) for index, (ids, _) in kept.items())
     assert (ledger.rows_in, ledger.rows_out) == (len(rows), len(seen))
