@@ -7,7 +7,7 @@ no second pass. Shapes: B rows, T tokens, N labelled tokens, D model dim, V voca
 
 import functools
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,6 @@ def add_summed_loss(model: PreTrainedModel) -> None:
         with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 gathers for modules that are called
             hidden_ND = hidden_BTD[:, :-1][labelled_BT].to(head.weight.dtype)
             loss = summed_nll(hidden_ND, head.weight, labels[:, 1:][labelled_BT], head.bias)
-        return CausalLMOutputWithPast(loss=loss)
+        return CausalLMOutputWithPast(loss=cast(Any, loss))
 
     vars(model)["forward"] = MethodType(with_summed_loss, model)
