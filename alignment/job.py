@@ -11,6 +11,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ SPOKESMAN_SECONDS = 3.0
 # What a run that is not done may change: more ranks run fewer micro-batches each. The rows of a step may not change,
 # which alignment/moe/resume.py holds. Where a cache lies, and how many processes fill it, changes nothing.
 RESUMABLE_CHANGES = ("training.accumulation was", "prepare.")
+WITHOUT_WORTH = {"resolved_config.yaml", "run.json", ".lock", "plan"}  # what the same command makes again
 PACKAGES = ("torch", "transformers", "trl", "peft", "deepspeed", "accelerate", "math-verify", "POT", "datasets")
 
 
@@ -314,11 +316,8 @@ class Job:
 
     def _leave_nothing_behind(self) -> None:
         """A run that fails on the user's mistake before it wrote anything of worth gives its folder back."""
-        bookkeeping = {"resolved_config.yaml", "run.json", ".lock"}
-        if {p.name for p in self.dir.iterdir()} <= bookkeeping:
-            for name in bookkeeping:
-                (self.dir / name).unlink(missing_ok=True)
-            self.dir.rmdir()
+        if {p.name for p in self.dir.iterdir()} <= WITHOUT_WORTH:
+            shutil.rmtree(self.dir)
 
 
 def _differences(before: Any, now: Any, place: str = "") -> list[str]:

@@ -45,6 +45,7 @@ def recipe(folder: Path, base: Path, lora: dict[str, Any]) -> Path:
         "model": {"path": str(base)},
         "sources": [{"rows": str(folder / "rows.jsonl")}],
         "packing": {"capacity": 128},
+        "prepare": {"cache": str(folder / "cache")},
         "training": {"learning_rate": 2e-2, "save_steps": 2, "log_steps": 1, "epochs": 2, "schedule": "linear"},
         "lora": lora,
     }
