@@ -5,7 +5,8 @@ on the packs of an optimizer step (ranks x accumulation), not on the ranks. It i
 
 1. Best fit decreasing over the histogram of lengths makes the packs (`best_fit_decreasing`).
 2. Sorted by attention cost, the packs of a step agree in it. Where they do not, since few steps hold all long samples,
-   packs are made anew: the long samples are dealt out evenly, and best fit decreasing fills up (`_spread`).
+   and where the set is small, packs are made anew: the long samples are dealt out evenly, and best fit decreasing
+   fills up (`_spread`). Such packs hold many lengths, where best fit alone puts equal ones together.
 3. The packs that fill no last step are spread over all its packs, and the other steps are shuffled (`_arrange`).
 
 Best fit decreasing for language models: Ding et al. 2024, Fewer Truncations Improve Language Modeling (arXiv
@@ -30,8 +31,10 @@ from alignment import atomic
 IntArray = NDArray[np.int64]
 
 UNEVEN = 0.005  # ranks that wait this share of an epoch for attention are worth another way of packing
-FILLING = 0.2  # share of the tokens, in the shortest samples, that is kept back to fill packs to the brim
-EXTRA_PACKS = 0.0001  # packs that evenness may cost
+EVEN = 0.01  # and packs of many lengths are worth this
+SMALL = 100_000  # samples that are dealt in well under a second
+FILLINGS = (0.2, 0.5, 0.8)  # share of the tokens, in the shortest samples, that is kept back to fill packs to the brim
+EXTRA_PACKS = 0.0001  # packs that dealing may cost
 
 
 @dataclass(frozen=True)
@@ -197,15 +200,22 @@ def _sums(pack_of: IntArray, values: IntArray, packs: int) -> IntArray:
 
 
 def _pack(sizes: IntArray, capacity: int, packs_per_step: int) -> IntArray:
-    """[samples] the pack of each, longest first: the fewest packs, spread where their steps would be uneven."""
+    """[samples] the pack of each, longest first: the fewest packs, dealt where that makes steps even, or mixes them.
+
+    Best fit decreasing puts samples of one length into one pack, and packs alike into one step. Dealt packs hold many
+    lengths, the more the less is kept back for filling.
+    """
     plain = best_fit_decreasing(sizes, capacity)
     packs = int(plain.max()) + 1
     uneven = _unevenness(sizes, plain, packs_per_step)
-    if uneven < UNEVEN:
+    if uneven < UNEVEN and len(sizes) > SMALL:
         return plain
-    spread = _spread(sizes, packs, capacity, packs_per_step)
-    fits = spread.max() < packs * (1 + EXTRA_PACKS)
-    return spread if fits and _unevenness(sizes, spread, packs_per_step) < uneven else plain
+    for filling in FILLINGS:
+        dealt = _spread(sizes, packs, capacity, packs_per_step, filling)
+        fits = dealt.max() < packs * (1 + EXTRA_PACKS)
+        if fits and _unevenness(sizes, dealt, packs_per_step) < max(uneven, EVEN):
+            return dealt
+    return plain
 
 
 def _unevenness(sizes: IntArray, pack_of: IntArray, packs_per_step: int) -> float:
@@ -284,7 +294,7 @@ def best_fit_decreasing(sizes: IntArray, capacity: int, rooms: Sequence[int] = (
     return np.repeat(pack_of, np.repeat(each_of, count))
 
 
-def _spread(sizes: IntArray, packs: int, capacity: int, packs_per_step: int) -> IntArray:
+def _spread(sizes: IntArray, packs: int, capacity: int, packs_per_step: int, filling: float) -> IntArray:
     """[samples] the pack of each: attention costs as equal as the longest samples let them be.
 
     The longest samples are dealt out, one a pack and round, longer ones to the packs that cost less; the shortest, that
@@ -292,7 +302,7 @@ def _spread(sizes: IntArray, packs: int, capacity: int, packs_per_step: int) -> 
     average, the longest go into a step of their own, until each of its packs costs as much.
     """
     squares_left = (sizes[::-1] ** 2).cumsum()[::-1]  # of this sample and all shorter ones
-    stop = int(np.searchsorted(sizes.cumsum(), int((1 - FILLING) * sizes.sum())))
+    stop = int(np.searchsorted(sizes.cumsum(), int((1 - filling) * sizes.sum())))
     table = _Table(sizes, stop, np.full(packs, capacity))
     first = 0
     while first + packs_per_step < packs and table.dealt < stop:

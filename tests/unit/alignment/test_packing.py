@@ -245,3 +245,19 @@ def test_a_plan_is_mapped_from_disk(tmp_path: Path) -> None:
 def test_lengths_that_cannot_be_packed_are_refused(lengths: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Case(np.array(lengths, dtype=np.int64), 10, 1, 1, 0).plan()
+
+
+def test_a_small_set_is_packed_so_that_steps_hold_many_lengths_in_as_few_packs() -> None:
+    """Best fit decreasing alone puts equal lengths together: its steps are of one or two lengths."""
+    lengths = np.random.default_rng(0).normal(100, 15, 4000).astype(np.int64).clip(20, 200)
+    plan = plan_epoch(lengths, 512, 2, 1, np.random.default_rng(0))
+    alone = best_fit_decreasing(np.sort(lengths)[::-1], 512)
+    assert plan.packs <= int(alone.max()) + 2  # at most the packs that fill the last step
+    steps = np.split(lengths[plan.order], plan.starts[2:-1:2])
+    spread = np.median([step.std() for step in steps])
+    by_length = np.sort(lengths)[::-1]
+    cheapest_first = np.argsort(np.bincount(alone, by_length**2), kind="stable")
+    together = np.argsort(np.argsort(cheapest_first)[alone] // 2, kind="stable")
+    counts = np.bincount(np.argsort(cheapest_first)[alone] // 2)
+    without = np.median([step.std() for step in np.split(by_length[together], counts.cumsum()[:-1])])
+    assert spread > 5 and spread > 3 * without, (spread, without)
