@@ -313,7 +313,9 @@ def _spread(sizes: IntArray, packs: int, capacity: int, packs_per_step: int, fil
         first += packs_per_step
     table.deal(first, packs, int(squares_left[0]))
     rest = best_fit_decreasing(sizes[table.dealt :], capacity, table.rooms.tolist())
-    return np.concatenate([table.pack_of[: table.dealt], rest])
+    dealt = np.concatenate([table.pack_of[: table.dealt], rest])
+    used = np.bincount(dealt) > 0  # it may need fewer packs than best fit alone
+    return (used.cumsum() - 1)[dealt]
 
 
 class _Table:

@@ -261,3 +261,10 @@ def test_a_small_set_is_packed_so_that_steps_hold_many_lengths_in_as_few_packs()
     counts = np.bincount(np.argsort(cheapest_first)[alone] // 2)
     without = np.median([step.std() for step in np.split(by_length[together], counts.cumsum()[:-1])])
     assert spread > 5 and spread > 3 * without, (spread, without)
+
+
+def test_dealing_that_needs_fewer_packs_leaves_none_empty() -> None:
+    lengths = np.random.default_rng(0).normal(93, 12.6, 10_000).astype(np.int64).clip(40, 200)
+    plan = plan_epoch(lengths, 512, 2, 64, np.random.default_rng(0))
+    assert plan.tokens.min() > 0
+    assert plan.packs <= int(best_fit_decreasing(np.sort(lengths)[::-1], 512).max()) + 2
