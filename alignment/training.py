@@ -14,9 +14,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from alignment import models
-from alignment.config import ModelConfig, TrainingConfig
+from alignment import adapters, models
+from alignment.config import LoRAConfig, ModelConfig, TrainingConfig
 from alignment.job import Interrupted, Job, deferred_interrupts
+from alignment.moe.adapters import check_adapter
 from alignment.moe.autoep import check_model
 from alignment.moe.config import check_launcher_config, expert_parallel_size
 from alignment.moe.memory import launched_sharding, memory_plan
@@ -49,6 +50,17 @@ def check_parallel(source: ModelConfig) -> list[str]:
         check_launcher_config()
         check_model(model, size, world_size())
     return memory_plan(model, config, launched_sharding(source.dtype))
+
+
+def plan_adapter(lora: LoRAConfig | None, source: ModelConfig) -> list[str]:
+    """The share of the weights that an adapter trains; refuses one that this launch cannot train."""
+    if lora is None:
+        return []
+    model = adapters.on_meta(lora, source)
+    if expert_parallel_size():
+        check_adapter(model)
+    trained, total = model.get_nb_trainable_parameters()
+    return [f"adapter: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"]
 
 
 def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: str, **specific: Any) -> A:
@@ -107,6 +119,17 @@ def train(trainer: Trainer, job: Job) -> dict[str, float]:
     return {"train.loss": mean_loss(trainer.state.log_history), "train.steps": trainer.state.global_step}
 
 
+def save(trainer: Trainer, job: Job, source: ModelConfig, lora: LoRAConfig | None) -> None:
+    """Write the run's `model`; of an adapter `adapter` and, where it is to be merged, `model` with it. Collective."""
+    if lora is None:
+        trainer.save_model(str(job.dir / "model"))
+        return
+    trainer.save_model(str(job.dir / "adapter"))
+    if lora.merge and job.is_main:
+        gap = adapters.merge_adapter(source, job.dir / "adapter", job.dir / "model")
+        print(f"{job.name}: merged; log-probabilities differ by {gap.max:.1e} at most, {gap.mean:.1e} on average")
+
+
 def mean_loss(history: Sequence[Mapping[str, float]]) -> float:
     """The mean over all steps, from the log that checkpoints keep; transformers' own forgets those before a resume."""
     logged = [(line["step"], line["loss"]) for line in history if "loss" in line]
@@ -140,7 +163,7 @@ class JobCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step = state.global_step
-        self.job.rewind(state.global_step)
+        self.job.rewind(state.global_step or -1)  # a run from the start logs its step 0 again
         if self.job.is_main:
             remove_torn_checkpoints(Path(str(args.output_dir)))
         _barrier()

@@ -1,11 +1,11 @@
 """Configuration of preference training. Imports no torch."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from alignment.config import Config, JobConfig, ModelConfig, TrainingConfig
+from alignment.config import Config, JobConfig, LoRAConfig, ModelConfig, TrainingConfig
 from data_builders.config import BuildConfig
 
 
@@ -25,6 +25,23 @@ class LossConfig(Config):
     beta: float = Field(0.1, gt=0)
     nll_weight: float = Field(0.0, ge=0, description="weight of the chosen answers' negative log-likelihood")
     transport: TransportConfig = TransportConfig()
+    scope: Literal["micro", "global"] = Field(
+        "micro", description="aot and aot_unpaired sort the pairs of a rank's micro-batch, or all pairs of the step"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs taken for swapped; exo_pair (which needs it), robust, aot"
+    )
+
+
+class ReferenceConfig(Config):
+    """What the policy is held to: the log-probabilities that its own are compared with."""
+
+    model: str | None = Field(None, description="a model folder; default: the weights that training starts from")
+    kind: Literal["stored", "live"] = Field(
+        "stored",
+        description="stored: one log-probability a token, in a file made before the first step; live: a forward at "
+        "every step, of a frozen copy or with the adapter switched off",
+    )
 
 
 class DPOConfig(JobConfig):
@@ -32,10 +49,19 @@ class DPOConfig(JobConfig):
 
     model: ModelConfig
     rows: str = Field(description="a file, a folder or a hub id of rows with `prompt`, `chosen` and `rejected`")
+    evaluation: str | None = Field(None, description="rows as these, measured before and after, never trained on")
     loss: LossConfig = LossConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    lora: LoRAConfig | None = Field(None, description="train an adapter instead of the weights")
     batch_size: int = Field(8, ge=1, description="pairs a rank holds in one micro-batch")
     max_length: int = Field(1024, ge=16, description="longer pairs are dropped and counted")
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _base_of_the_adapter(self) -> Self:
+        if self.lora is not None and self.model.path is None:
+            raise ValueError("lora: an adapter needs a trained base, 'model.path'; a preset's weights are random")
+        return self
 
 
 class RoundConfig(Config):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import xxhash
 from datasets import Dataset
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,23 +35,31 @@ class ReferenceLogps:
         result[completion_mask] = torch.cat(values).to(result)
         return result
 
+    def sums(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] log-probabilities of the whole chosen and rejected completions, for losses that weigh no token."""
+        chosen, rejected = (torch.stack([self._rows[side][row].sum() for row in rows.tolist()]) for side in SIDES)
+        return chosen.to(rows.device), rejected.to(rows.device)
+
     @staticmethod
     def load(path: Path, pairs: Dataset, weights: str) -> "ReferenceLogps":
         """Read the file made of `pairs` (without fillers) by the weights of that hash.
 
         Raises:
-            UserError: a file of other weights, other pairs, or not one value a token.
+            UserError: a torn file, or one of other weights, other pairs, or not one value a token.
         """
         expected = {"weights": weights, "pairs": pairs_hash(pairs)}
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            for key, value in expected.items():
-                if found.get(key) != value:
-                    raise UserError(
-                        f"{path}: made with other {key} ({found.get(key)}; this run's are {value})\n"
-                        "delete it before a run's first step, or choose another output_dir"
-                    )
-            values = {side: file.get_tensor(side) for side in SIDES}
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+                values = {side: file.get_tensor(side) for side in SIDES}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: no whole file of reference log-probabilities ({error}); delete it") from None
+        for key, value in expected.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{path}: made with other {key} ({found.get(key)}; this run's are {value})\n"
+                    "delete it before a run's first step, or choose another output_dir"
+                )
         lengths = {side: [len(ids) for ids in pairs[f"{side}_ids"]] for side in SIDES}
         for side in SIDES:
             if values[side].numel() != sum(lengths[side]) or not values[side].isfinite().all():

@@ -1,25 +1,47 @@
 """Preference training on pairs: OT-DPO, DPO, or any loss of TRL's DPOTrainer.
 
     accelerate launch --config_file configs/accelerate/cpu-ep2.yaml -m dpo.train --config configs/dpo/offline.yaml
+    python -m dpo.train --config configs/dpo/offline.yaml --dry-run
 
-Writes `output_dir/model` (a transformers folder) and `ledger.json`.
+Writes `output_dir/model` (a transformers folder) and `ledger.json`; with a section `lora` also `adapter` (a peft
+folder), and `model` is the base with the adapter merged into it; with `evaluation` rows also `eval_ledger.json` and
+`eval.` metrics of the model before the first step and after the last.
 """
 
+import gc
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment import job, models, training
+from alignment import adapters, job, models, training
+from alignment.config import ModelConfig
 from alignment.errors import UserError, did_you_mean
 from alignment.fingerprint import weights_hash
+from alignment.ledger import Ledger
+from alignment.moe.memory import frozen_bytes, launched_sharding
 from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs, read_rows
 from dpo.config import DPOConfig, LossConfig
 from dpo.data import tokenize_pairs
-from dpo.trainer import TRL_LOSSES, WEIGHTED_LOSSES, PreferenceArguments, PreferenceTrainer
+from dpo.held_out import figures, untrained_pairs
+from dpo.trainer import (
+    SORTED_LOSSES,
+    TRL_LOSSES,
+    WEIGHTED_LOSSES,
+    PreferenceArguments,
+    PreferenceTrainer,
+    reference_file,
+)
+
+SMOOTHED_LOSSES = ("exo_pair", "robust", *SORTED_LOSSES)  # those of TRL that read label_smoothing
 
 
 class ExpertParallelPreferenceTrainer(RouterLossMixin, ExpertParallelTrainerMixin, PreferenceTrainer):
@@ -27,51 +49,119 @@ class ExpertParallelPreferenceTrainer(RouterLossMixin, ExpertParallelTrainerMixi
 
     def routed_tokens(self, inputs: dict[str, Any]) -> Tensor:
         tokens = super().routed_tokens(inputs)
-        if not self.weighted:
+        if not self.ours:
             return tokens
         return tokens & inputs["pair_weight"].bool().repeat(2)[:, None]  # fillers train nothing
 
 
 def run(config: DPOConfig) -> None:
-    with job.Job.open(
-        "dpo.train", config, local_inputs(config.rows, *filter(None, (config.model.path, config.model.tokenizer)))
-    ) as this:
+    named = (config.evaluation, config.model.path, config.model.tokenizer, config.reference.model)
+    with job.Job.open("dpo.train", config, local_inputs(config.rows, *filter(None, named))) as this:
         if this.done:
             return
         tokenizer = models.load_tokenizer(config.model)
         pairs, ledger = tokenize_pairs(read_rows(config.rows, "preference"), tokenizer, config.max_length)
-        model = models.load_model(config.model, tokenizer, seed=config.seed)
-        trainer = ExpertParallelPreferenceTrainer(
+        measured, eval_ledger = _evaluation(config, tokenizer, pairs)
+        make = partial(
+            ExpertParallelPreferenceTrainer, train_dataset=pairs, eval_dataset=measured, processing_class=tokenizer
+        )
+        reference_hash = None
+        if config.reference.model and config.reference.kind == "stored":
+            reference_hash = weights_hash(Path(config.reference.model))
+            _store_reference(this, config, make, reference_hash)
+        model = _load(config, config.model, tokenizer)
+        trainer = make(
             model=model,
             args=arguments(this, config),
-            train_dataset=pairs,
-            processing_class=tokenizer,
             weights_hash=_version(config),
+            reference_hash=reference_hash,
             router=config.training.router,
+            ref_model=_frozen_copy(config, tokenizer),
+            peft_config=adapters.peft_config(config.lora, model) if config.lora else None,
         )
         metrics = training.train(trainer, this)
-        trainer.save_model(str(this.dir / "model"))
+        if measured is not None:
+            trainer.evaluate()
+        training.save(trainer, this, config.model, config.lora)
         if this.is_main:
             ledger.write(this.dir / "ledger.json")
-        this.finish(metrics | {"pairs": len(pairs)})
+        if this.is_main and measured is not None:
+            eval_ledger.write(this.dir / "eval_ledger.json")
+        this.finish(metrics | figures(trainer.state.log_history) | {"pairs": len(pairs)} | _counts(eval_ledger))
+
+
+def _evaluation(
+    config: DPOConfig, tokenizer: PreTrainedTokenizerBase, trained: Dataset
+) -> tuple[Dataset | None, Ledger]:
+    if config.evaluation is None:
+        return None, Ledger()
+    pairs, ledger = tokenize_pairs(read_rows(config.evaluation, "preference"), tokenizer, config.max_length)
+    return untrained_pairs(pairs, ledger, trained), ledger
+
+
+def _counts(ledger: Ledger) -> dict[str, float]:
+    if not ledger.rows_in:
+        return {}
+    return {"eval.pairs": ledger.rows_out, **{f"eval.{key}": n for key, n in ledger.dropped_metrics().items()}}
+
+
+def _load(config: DPOConfig, source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A policy or reference; of a preset both have the weights that the seed gives."""
+    return models.load_model(source, tokenizer, seed=config.seed)
+
+
+def _reference_source(config: DPOConfig) -> ModelConfig:
+    if config.reference.model is None:
+        return config.model
+    return ModelConfig(path=config.reference.model, dtype=config.model.dtype, kernels=config.model.kernels)
+
+
+def _frozen_copy(config: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """What a live reference needs beside the policy; with an adapter that starts from it, nothing."""
+    if config.reference.kind == "stored" or (config.lora and config.reference.model is None):
+        return None
+    return _load(config, _reference_source(config), tokenizer)
+
+
+def _store_reference(this: job.Job, config: DPOConfig, make: Any, version: str) -> None:
+    """Load the reference's model, write its log-probabilities, and drop it, before the policy is loaded."""
+    args = arguments(this, config)
+    names = ["train", "eval"] if config.evaluation else ["train"]
+    if all(reference_file(args, name).exists() for name in names):
+        return  # a resumed run; the trainer checks what they are
+    tokenizer = make.keywords["processing_class"]
+    trainer = make(model=_load(config, _reference_source(config), tokenizer), args=args, weights_hash=version)
+    trainer.store_references()
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.destroy()
+    del trainer
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def arguments(this: job.Job, config: DPOConfig) -> PreferenceArguments:
     loss = config.loss
-    ours = {"nll_weight": loss.nll_weight} if loss.type in WEIGHTED_LOSSES else {}
+    ours = {"nll_weight": loss.nll_weight} if loss.type in WEIGHTED_LOSSES or loss.scope == "global" else {}
+    smoothed = {"label_smoothing": loss.label_smoothing} if loss.label_smoothing else {}
+    from_the_start = training.last_whole_checkpoint(this.dir / "checkpoints") is None
     return training.training_arguments(
         PreferenceArguments,
         this,
         config.training,
         config.model.dtype,
         loss_type=[loss.type],
+        loss_scope=loss.scope,
         beta=loss.beta,
         ot_reg=loss.transport.reg,
         ot_reg_m=loss.transport.reg_m,
         ot_mix=loss.transport.mix,
         ot_cost_norm=loss.transport.cost_norm,
+        reference=config.reference.kind,
         per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        eval_on_start=config.evaluation is not None and from_the_start,
         router_aux_loss_coef=0.0,
+        **smoothed,
         **ours,
     )
 
@@ -87,28 +177,103 @@ def check_loss(loss: LossConfig) -> None:
     known = (*WEIGHTED_LOSSES, *TRL_LOSSES)
     if loss.type not in known:
         raise UserError(f"loss.type: unknown loss {loss.type!r}{did_you_mean(loss.type, known)}")
-    if loss.nll_weight and loss.type not in WEIGHTED_LOSSES:
+    if loss.scope == "global" and loss.type not in SORTED_LOSSES:
+        raise UserError(
+            f"loss.scope: 'global' has no effect on {loss.type!r}, which compares no pair with another; expected micro"
+        )
+    if loss.nll_weight and loss.type not in WEIGHTED_LOSSES and loss.scope == "micro":
         raise UserError(
             f"loss.nll_weight: has no effect on TRL's {loss.type!r}; expected one of {WEIGHTED_LOSSES}, or 0"
+        )
+    if loss.label_smoothing and (loss.type not in SMOOTHED_LOSSES or loss.scope == "global"):
+        raise UserError(f"loss.label_smoothing: has no effect on {loss.type!r} in scope {loss.scope!r}; expected 0")
+    if loss.type == "exo_pair" and not loss.label_smoothing:
+        raise UserError("loss.label_smoothing: 'exo_pair' needs one above 0; its paper has 1.0e-3")
+
+
+def check_reference(config: DPOConfig) -> None:
+    """Refuse a reference of other words than the policy's, before any weight is read."""
+    if config.reference.model is None:
+        return
+    source = _reference_source(config)
+    if not Path(config.reference.model).is_dir():
+        raise UserError(f"reference.model: {config.reference.model}: no such model folder")
+    models.check_model(source)
+    sizes = [models.config_of(model).get_text_config().vocab_size for model in (source, config.model)]
+    if config.model.path is not None and sizes[0] != sizes[1]:
+        raise UserError(
+            f"reference.model: {config.reference.model} has a vocabulary of {sizes[0]}, the policy one of {sizes[1]}"
+        )
+    if not (Path(config.reference.model) / "tokenizer_config.json").is_file():
+        return  # weights alone: the policy's tokens are all there is
+    if models.load_tokenizer(source).get_vocab() != models.load_tokenizer(config.model).get_vocab():
+        raise UserError(
+            f"reference.model: {config.reference.model} has another tokenizer than the policy: its log-probabilities "
+            "would be of other words"
+        )
+
+
+def check_adapter(config: DPOConfig) -> None:
+    if config.lora is not None and config.lora.dropout:
+        raise UserError(
+            f"lora.dropout: {config.lora.dropout} found, expected 0: TRL trains preferences without dropout, so that "
+            "policy and reference differ by the weights alone"
         )
 
 
 def plan(config: DPOConfig) -> list[str]:
     check_loss(config.loss)
     models.check_model(config.model)
+    check_reference(config)
+    check_adapter(config)
     memory = training.check_parallel(config.model)
-    first_rows(config.rows, "preference")
-    pairs = config.batch_size * training.world_size() * config.training.accumulation
+    for source in filter(None, (config.rows, config.evaluation)):
+        first_rows(source, "preference")
     return [
-        f"model: {config.model.path}",
-        f"rows: {config.rows}",
-        f"step: {training.world_size()} ranks x {config.training.accumulation} x {config.batch_size} = {pairs} pairs",
+        f"model: {config.model.path or config.model.preset}",
+        *training.plan_adapter(config.lora, config.model),
+        f"rows: {config.rows}; measured on {config.evaluation or 'nothing'}",
+        f"step: {training.world_size()} ranks x {config.training.accumulation} x {config.batch_size} = "
+        f"{_pairs_per_step(config)} pairs",
+        f"reference: {_plan_reference(config)}",
         *memory,
     ]
 
 
+def _pairs_per_step(config: DPOConfig) -> int:
+    return training.world_size() * config.training.accumulation * config.batch_size
+
+
+def _plan_reference(config: DPOConfig) -> str:
+    name = config.reference.model or "the weights that training starts from"
+    if config.reference.kind == "stored":
+        return f"{name}, one log-probability a token in a file; no memory of a device in training"
+    if config.lora is not None and config.reference.model is None:
+        return f"{name}, the policy with its adapter switched off; a forward more at each step, no memory"
+    model = models.on_meta(models.config_of(_reference_source(config)))
+    more = frozen_bytes(model, launched_sharding(config.model.dtype)) / 1e9
+    return f"{name}, a frozen copy: {more:,.1f} GB more on each rank, and a forward more at each step"
+
+
+def forecast(config: DPOConfig) -> list[str]:
+    """Pairs, tokens and steps: known once the rows are tokenized."""
+    tokenizer = models.load_tokenizer(config.model)
+    pairs, ledger = tokenize_pairs(read_rows(config.rows, "preference"), tokenizer, config.max_length)
+    steps = math.ceil(len(pairs) / _pairs_per_step(config)) * config.training.epochs
+    prompts = 2 * sum(map(len, pairs["prompt_ids"]))
+    lines = [
+        f"pairs: {len(pairs):,} of {ledger.rows_in:,} rows; dropped: {dict(ledger.dropped) or 'none'}",
+        f"tokens: {ledger.tokens_trained:,} of completions, {prompts:,} of prompts before them, in each epoch",
+        f"steps: {steps:,}",
+    ]
+    measured, eval_ledger = _evaluation(config, tokenizer, pairs)
+    if measured is not None:
+        lines.append(f"evaluation: {len(measured):,} pairs; dropped: {dict(eval_ledger.dropped) or 'none'}")
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    return job.main(DPOConfig, run, plan, argv)
+    return job.main(DPOConfig, run, plan, argv, forecast)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,27 @@
 
 TRL 1.16 has no hook for the loss: its forward returns no hidden states and it caches the reference as sums. So for our
 losses `compute_loss` is ours, and the rest (arguments, PEFT, loop, checkpoints, logging) is TRL's. The other losses run
-through TRL's own path untouched.
+through TRL's own path, with our stored reference summed over tokens, or with TRL's live one.
 
 The loss of a step is the sum over its real pairs divided by their number over all ranks and accumulated batches.
 `get_batch_samples` counts them before the first forward of the step; `compute_loss` multiplies by the number of ranks,
 because DDP and DeepSpeed average gradients over them.
 
+`aot` and `aot_unpaired` in scope `global` compare the sorted values of all pairs of the step, so all are needed before
+the first backward: `get_batch_samples` runs every micro-batch without gradient, gathers the sums over the ranks, and
+leaves each micro-batch the slopes of its own pairs (dpo.loss.aot_slopes).
+
 Suffixes: B pairs, N = 2B rows [chosen; rejected], T columns, S columns from the first completion token on, D model dim.
 """
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
@@ -26,21 +31,27 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.models.utils import prepare_deepspeed
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.utils import use_adapter
 
 from alignment.errors import UserError, did_you_mean
+from dpo.alarm import ALARM_MARGIN, ALARM_STEPS, both_fall
 from dpo.data import COLUMNS, PairCollator, ShuffledFillersLast, fill, filler_pair
-from dpo.loss import chosen_nll, weighted_dpo_loss
+from dpo.loss import Slopes, aot_slopes, chosen_nll, weighted_dpo_loss
 from dpo.ot import CostNorm, ot_token_weights
 from dpo.reference import ReferenceLogps
+
+logger = logging.getLogger(__name__)
 
 WEIGHTED_LOSSES = ("ot_dpo", "dpo")
 TRL_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
-# Settings of TRL's path that the weighted path does not read: refused rather than ignored.
+SORTED_LOSSES = ("aot", "aot_unpaired")
+# Settings of TRL's path that ours does not read: refused rather than ignored.
 TRL_ONLY = (
     *("ld_alpha", "f_divergence_type", "use_weighting", "label_smoothing", "sync_ref_model", "padding_free"),
     *("loss_weights", "pad_to_multiple_of", "dataloader_drop_last", "train_sampling_strategy"),
@@ -51,7 +62,7 @@ COUNTERS = ("pairs", "ot/fallbacks", "ot/empty")
 
 @dataclass
 class PreferenceArguments(DPOConfig):
-    """TRL's DPOConfig with our losses. `loss_type` is one of `ot_dpo`, `dpo`, or any of TRL's."""
+    """TRL's DPOConfig with our losses. `loss_type` is one of WEIGHTED_LOSSES, or any of TRL's."""
 
     loss_type: list[str] = field(default_factory=lambda: ["ot_dpo"])
     max_length: int | None = None  # no cutting: overlong pairs are dropped where they are tokenized
@@ -60,6 +71,8 @@ class PreferenceArguments(DPOConfig):
     ot_mix: float = 1.0
     ot_cost_norm: CostNorm = "max"
     nll_weight: float = 0.0  # of the chosen completion's likelihood, per token
+    loss_scope: Literal["micro", "global"] = "micro"  # what SORTED_LOSSES sort: TRL's, or all pairs of the step
+    reference: Literal["stored", "live"] = "stored"  # a file of per-token values, or a forward at every step
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,9 +83,19 @@ class PreferenceArguments(DPOConfig):
                 )
         if len(self.loss_type) > 1 and set(self.loss_type) & set(WEIGHTED_LOSSES):
             raise UserError(f"loss_type: {self.loss_type} mixes ours with TRL's; for a likelihood term set nll_weight")
-        if not self.weighted:
+        if self.loss_scope == "global" and (len(self.loss_type) > 1 or self.loss_type[0] not in SORTED_LOSSES):
+            raise UserError(
+                f"loss_scope: 'global' has no effect on {self.loss_type}: only {SORTED_LOSSES} compare pairs"
+            )
+        if self.max_length is not None:
+            raise UserError("max_length: nothing is cut here; overlong pairs are dropped by dpo.data.tokenize_pairs")
+        # Of TRL's: whether batches bring the reference's values along. What it would compute itself is ours.
+        self.precompute_ref_log_probs = self.reference == "stored"
+        if not self.ours:
             if self.nll_weight:
                 raise UserError(f"nll_weight: has no effect on TRL's loss {self.loss_type[0]!r}; its own term is 'sft'")
+            if self.ld_alpha is not None and self.reference == "stored":
+                raise UserError("ld_alpha: weighs tokens of the reference too, which takes a live one")
             return
         for option in dataclasses.fields(self):
             if option.name in TRL_ONLY and getattr(self, option.name) != _default(option):
@@ -80,12 +103,15 @@ class PreferenceArguments(DPOConfig):
         if self.router_aux_loss_coef:
             raise UserError("router_aux_loss_coef: has no effect on our losses; RouterLossMixin adds router losses")
         self.router_aux_loss_coef = 0.0  # None would be the architecture's own
-        # Otherwise TRL keeps a copy of the model as reference; ours is a file of per-token values.
-        self.precompute_ref_log_probs = True
 
     @property
     def weighted(self) -> bool:
         return self.loss_type[0] in WEIGHTED_LOSSES
+
+    @property
+    def ours(self) -> bool:
+        """Whether the loss runs through our path; the others through TRL's."""
+        return self.weighted or self.loss_scope == "global"
 
     @property
     def transport(self) -> bool:
@@ -105,12 +131,24 @@ class Completions(NamedTuple):
     hidden: Tensor | None  # [N, S, D] last-layer states that predict the tokens
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What the pass before a step found out about one of its micro-batches.
+
+    Not a tensor of the batch: DeepSpeed's preparation of inputs would round those to the model's dtype.
+    """
+
+    reference: Tensor  # [N, S]
+    slopes: Slopes  # of this micro-batch's pairs; the loss is that of the step
+
+
 class PreferenceTrainer(DPOTrainer):
     """Trains `model` on tokenized pairs (`dpo.data.tokenize_pairs`) with a loss of `PreferenceArguments`.
 
-    For our losses the reference is the model as given. Its per-token log-probabilities are computed through the wrapped
-    model before the first step, stored in `output_dir/reference_logps.{train,eval}.safetensors`, and read back on
-    resume; a file of other weights or pairs is refused.
+    A stored reference is, without `reference_hash`, the model as given: its per-token log-probabilities are computed
+    through the wrapped model before the first step, stored in `output_dir/reference_logps.{train,eval}.safetensors`,
+    and read back on resume; a file of other weights or pairs is refused. A live reference is `ref_model`, or a
+    PeftModel with its adapter switched off.
 
     Args:
         model: policy, with its initial weights also when a checkpoint is resumed.
@@ -118,7 +156,9 @@ class PreferenceTrainer(DPOTrainer):
         train_dataset, eval_dataset: from `tokenize_pairs`, without fillers.
         processing_class: tokenizer.
         weights_hash: identifies the initial weights; computed from `model` when None.
-        kwargs: DPOTrainer's (`callbacks`, `optimizers`, `peft_config`, `ref_model` for TRL's losses).
+        reference_hash: of another model that the stored reference is of; its files must be there already, which
+            `store_references` of a trainer of that model sees to.
+        kwargs: DPOTrainer's (`callbacks`, `optimizers`, `peft_config`, `ref_model`).
     """
 
     def __init__(
@@ -130,23 +170,22 @@ class PreferenceTrainer(DPOTrainer):
         processing_class: PreTrainedTokenizerBase,
         eval_dataset: Dataset | None = None,
         weights_hash: str | None = None,
+        reference_hash: str | None = None,
         **kwargs: Any,
     ):
         self.args: PreferenceArguments
         self.model: PreTrainedModel
-        self.weighted = args.weighted
+        self.ours = args.ours
+        self._check_reference(model, args, weights_hash or reference_hash, kwargs)
         self._pairs = {"train": train_dataset, "eval": eval_dataset}
         self._references: dict[str, ReferenceLogps] = {}
         self._sums: dict[str, defaultdict[str, Tensor | float]] = {k: defaultdict(float) for k in self._pairs}
-        if self.weighted:
-            if kwargs.get("ref_model") is not None:
-                raise UserError(f"ref_model: loss_type {args.loss_type[0]!r} takes the initial weights as reference")
-            if weights_hash is None and is_deepspeed_zero3_enabled():
-                raise ValueError("weights_hash is needed under ZeRO-3, whose partitioned weights cannot be hashed here")
-            token = processing_class.eos_token_id
-            pad = processing_class.pad_token_id
-            kwargs["data_collator"] = PairCollator(token if pad is None else pad)
-            self._filler = filler_pair(token)
+        token = processing_class.eos_token_id
+        pad = token if processing_class.pad_token_id is None else processing_class.pad_token_id
+        self._filler = filler_pair(token)
+        self._collate = PairCollator(pad)
+        kwargs["data_collator"] = self._collate if self.ours else SequenceCollator(pad)
+        if self.ours:
             self._real = len(train_dataset)
             micro_batches = args.gradient_accumulation_steps * args.world_size
             train_dataset = fill(train_dataset, args.train_batch_size * micro_batches, token)
@@ -163,9 +202,24 @@ class PreferenceTrainer(DPOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if self.weighted:
-            self._weights_hash = str(weights_hash or self._precompute_model_hash)
-            self.add_callback(_ReferenceFirst(self))
+        self._from_elsewhere = reference_hash is not None
+        self._weights_hash = str(reference_hash or weights_hash or self._precompute_model_hash)
+        self._alarms = 0
+        self.add_callback(_ReferenceFirst(self))
+        if args.loss_scope == "global":
+            _check_no_dropout(self.model)
+
+    @staticmethod
+    def _check_reference(
+        model: nn.Module, args: PreferenceArguments, known_hash: str | None, kwargs: dict[str, Any]
+    ) -> None:
+        copy, adapted = kwargs.get("ref_model") is not None, is_peft_model(model) or kwargs.get("peft_config")
+        if args.reference == "stored" and copy:
+            raise ValueError("ref_model: a stored reference is computed by `store_references`; or set reference='live'")
+        if args.reference == "stored" and known_hash is None and is_deepspeed_zero3_enabled():
+            raise ValueError("weights_hash is needed under ZeRO-3, whose partitioned weights cannot be hashed here")
+        if args.reference == "live" and not (copy or adapted):
+            raise ValueError("ref_model: a live reference without an adapter to switch off is a copy of the model")
 
     # Seams of DPOTrainer.__init__: rows come tokenized, the reference is ours.
 
@@ -176,18 +230,15 @@ class PreferenceTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        return dataset if self.weighted else super()._precompute_ref_logps(dataset, name, batch_size)
+        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self.weighted:
-            self._signature_columns = COLUMNS  # type: ignore[assignment]  # transformers types it as None
-        else:
-            super()._set_signature_columns_if_needed()
+        self._signature_columns = COLUMNS  # type: ignore[assignment]  # transformers types it as None
 
     # Batches
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
-        if not self.weighted:
+        if not self.ours:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # From the state, which a resumed run restores; set_epoch does not reach a sampler behind skipped batches.
@@ -196,26 +247,71 @@ class PreferenceTrainer(DPOTrainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and its number of real pairs over all ranks."""
         batches, count = super().get_batch_samples(*args, **kwargs)
-        if self.weighted and batches:
+        if self.ours and batches:
             pairs = torch.stack([batch["pair_weight"].sum() for batch in batches]).sum()
             count = self.accelerator.reduce(pairs.to(self.args.device), "sum")
+        if self.args.loss_scope == "global" and batches:
+            self._look_ahead(batches)
         return batches, count
+
+    @torch.no_grad()
+    def _look_ahead(self, batches: list[dict[str, Any]]) -> None:
+        """Sort all pairs of the step, of all ranks, and leave every micro-batch the slopes of its own; collective."""
+        model = self.model_wrapped
+        model.eval()  # no checkpointing; training_step switches back
+        references, sums = [], []
+        for batch in batches:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                policy = self._forward(model, inputs)
+                reference = self._reference(model, inputs, policy.mask, "train")
+            references.append(reference)
+            pairs = [inputs["pair_weight"], *policy.logps.sum(1).chunk(2), *reference.sum(1).chunk(2)]
+            sums.append(torch.stack([values.double() for values in pairs], dim=1))
+        own = torch.cat(sums)  # as many on every rank
+        step = self.accelerator.gather(own)
+        real = step[:, 0] > 0
+        loss, slopes_c, slopes_r = self._aot(*step[real, 1:].T)
+        slopes = torch.zeros_like(step[:, :2])
+        slopes[real] = torch.stack([slopes_c, slopes_r], dim=1)
+        mine = slopes[self.accelerator.process_index * len(own) :][: len(own)].float()
+        parts = mine.split([len(part) for part in sums])
+        for batch, reference, part in zip(batches, references, parts, strict=True):
+            batch["ahead"] = Ahead(reference, Slopes(loss.float(), *part.unbind(1)))
+
+    def _aot(self, *sums: Tensor) -> Slopes:
+        """Of whole completions' log-probabilities: the policy's chosen and rejected, and the reference's; [B] each."""
+        paired = self.args.loss_type[0] == "aot"
+        return aot_slopes(torch.cat(sums[:2]), torch.cat(sums[2:]), self.beta, paired=paired)
 
     # Reference
 
+    def store_references(self) -> None:
+        """Write the reference's files with this trainer's model, for a trainer of another; on all ranks."""
+        if self.is_deepspeed_enabled:
+            self.model_wrapped = prepare_deepspeed(self.model, self.accelerator)
+        else:
+            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.prepare_references()
+
     def prepare_references(self) -> None:
         """Compute or read the reference of the training and evaluation pairs. On all ranks, before the first step."""
+        if self.args.reference == "live":
+            return
         for name, pairs in self._pairs.items():
             if pairs is None or name in self._references:
                 continue
-            path = Path(str(self.args.output_dir)) / f"reference_logps.{name}.safetensors"
+            path = reference_file(self.args, name)
             # Rank 0 looks, so that no rank waits in a collective that another skips.
             found = [path.exists()]
             broadcast_object_list(found)
             if not found[0]:
                 if self.state.global_step > 0:
                     raise UserError(f"{path}: missing, and the weights have moved since step 0; start the run afresh")
-                values = self._score_reference(pairs)
+                if self._from_elsewhere:
+                    raise UserError(f"{path}: missing: the reference is another model, which has to be run first")
+                with self._as_reference(self.model_wrapped):
+                    values = self._score_reference(pairs)
                 if self.accelerator.is_main_process:
                     ReferenceLogps.save(path, values, pairs, self._weights_hash)
                 self.accelerator.wait_for_everyone()
@@ -233,7 +329,7 @@ class PreferenceTrainer(DPOTrainer):
         for start in range(0, len(by_length), size * ranks):
             rows = by_length[start : start + size * ranks][rank * size : (rank + 1) * size]
             batch = [pairs[row] for row in rows] + [self._filler] * (size - len(rows))
-            inputs = self._prepare_inputs(self.data_collator(batch))
+            inputs = self._prepare_inputs(self._collate(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
                 completions = self._forward(model, inputs)
             logps, mask = completions.logps.cpu(), completions.mask.cpu()
@@ -241,6 +337,28 @@ class PreferenceTrainer(DPOTrainer):
                 scored.append((row, logps[i][mask[i]], logps[size + i][mask[size + i]]))
         scored = sorted(gather_object(scored), key=lambda item: item[0])
         return {"chosen": [item[1] for item in scored], "rejected": [item[2] for item in scored]}
+
+    def _reference(self, model: nn.Module, inputs: dict[str, Any], mask_NS: Tensor, mode: str) -> Tensor:
+        """[N, S] log-probabilities of the reference at the completion tokens, 0 elsewhere."""
+        if self.args.reference == "stored":
+            return self._references[mode].batch(inputs["row"], mask_NS)
+        with torch.no_grad(), self._as_reference(model) as reference:
+            return self._forward(reference, inputs).logps
+
+    @contextmanager
+    def _as_reference(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model that answers as the reference does: the frozen copy, or the policy without its adapter.
+
+        Before the first step that is the policy itself.
+        """
+        policy = self.accelerator.unwrap_model(model)
+        if self.ref_model is not None:
+            yield self.ref_model
+        elif is_peft_model(policy):
+            with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):
+                yield model
+        else:
+            yield model
 
     # Loss
 
@@ -252,19 +370,27 @@ class PreferenceTrainer(DPOTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of one micro-batch; in training `num_items_in_batch` is the number of real pairs of the whole step."""
-        if not self.weighted:
+        mode = "train" if self.model.training else "eval"
+        if not self.ours:
+            rows = inputs.pop("row")
+            if self.args.reference == "stored":
+                inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self._references[mode].sums(rows)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise NotImplementedError("compute_metrics needs logits, which are not kept")
-        mode = "train" if self.model.training else "eval"
         policy = self._forward(model, inputs, hidden=self.args.transport)
-        mask_full = inputs["completion_mask"]
-        reference = self._references[mode].batch(inputs["row"], mask_full)[:, inputs["completion_start"] :]
+        ahead: Ahead | None = inputs.get("ahead")
+        reference = ahead.reference if ahead else self._reference(model, inputs, policy.mask, mode)
         policy_c, policy_r = policy.logps.chunk(2)
         reference_c, reference_r = reference.chunk(2)
         mask_c, mask_r = policy.mask.chunk(2)
-        w_c, w_r, transport = self._token_weights(policy)
+        if self.args.weighted:
+            w_c, w_r, transport = self._token_weights(policy)
+        else:
+            w_c, w_r, transport = mask_c.float(), mask_r.float(), {}
         pairs = weighted_dpo_loss(policy_c, policy_r, reference_c, reference_r, w_c, w_r, self.beta)
+        if not self.args.weighted:
+            pairs = pairs._replace(losses=self._sorted_losses(policy, reference, inputs["pair_weight"], ahead))
         nll = chosen_nll(policy_c, mask_c)
         objective = pairs.losses + self.args.nll_weight * nll
         self._add_metrics(
@@ -280,6 +406,10 @@ class PreferenceTrainer(DPOTrainer):
                 "rewards/accuracies": (pairs.rewards_chosen > pairs.rewards_rejected).float(),
                 "logps_per_token/chosen": _token_mean(policy_c, mask_c),
                 "logps_per_token/rejected": _token_mean(policy_r, mask_r),
+                "logratio_per_token/chosen": _token_mean(policy_c - reference_c, mask_c),
+                "logratio_per_token/rejected": _token_mean(policy_r - reference_r, mask_r),
+                "tokens/chosen": mask_c.sum(1).float(),
+                "tokens/rejected": mask_r.sum(1).float(),
                 "kl": (_k2(policy_c - reference_c, mask_c) + _k2(policy_r - reference_r, mask_r)) / 2,
                 **{f"ot/{name}": value for name, value in transport.items()},
             },
@@ -288,6 +418,22 @@ class PreferenceTrainer(DPOTrainer):
         if num_items_in_batch is None:
             return total / inputs["pair_weight"].sum().clamp(min=1)
         return total * self.accelerator.num_processes / num_items_in_batch
+
+    def _sorted_losses(
+        self, policy: Completions, reference: Tensor, pair_weight: Tensor, ahead: Ahead | None
+    ) -> Tensor:
+        """[B] at every pair the loss of the step, with this pair's own part of its gradient.
+
+        In evaluation, where no pass goes before, the loss of this rank's batch.
+        """
+        chosen, rejected = policy.logps.sum(1).chunk(2)
+        if ahead is None:
+            real = pair_weight > 0
+            sums = (chosen, rejected, *reference.sum(1).chunk(2))
+            loss = self._aot(*(values[real] for values in sums)).loss if real.any() else pair_weight.sum()
+            return loss.expand_as(chosen)
+        surrogate = ahead.slopes.chosen * chosen + ahead.slopes.rejected * rejected
+        return ahead.slopes.loss + surrogate - surrogate.detach()
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any], hidden: bool = False) -> Completions:
         """One forward through the wrapped model, with logits from the first completion token on only."""
@@ -344,6 +490,17 @@ class PreferenceTrainer(DPOTrainer):
                 metrics = {f"eval_{name}": value for name, value in metrics.items()} | {"eval_loss": objective}
             logs.update(metrics)
         super().log(logs, start_time)
+        if mode == "train":
+            self._watch_for_falls()
+
+    def _watch_for_falls(self) -> None:
+        before, self._alarms = self._alarms, both_fall(self.state.log_history)
+        if self._alarms > before == 0 and self.accelerator.is_main_process:
+            logger.warning(
+                "step %d: chosen and rejected completions have both been more than %g nats a token less likely than "
+                "under the reference for %d steps: raise nll_weight or beta, or lower the learning rate",
+                *(self.state.global_step, ALARM_MARGIN, ALARM_STEPS),
+            )
 
     def _drain_metrics(self, mode: str) -> dict[str, float]:
         sums = self._sums[mode]
@@ -354,12 +511,9 @@ class PreferenceTrainer(DPOTrainer):
         return {name: value if name in COUNTERS else value / totals["pairs"] for name, value in totals.items()}
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self.weighted:
-            if eval_dataset is not None:
-                raise ValueError(
-                    "pass eval_dataset to the constructor: its reference is computed before the first step"
-                )
-            self.prepare_references()
+        if eval_dataset is not None:
+            raise ValueError("pass eval_dataset to the constructor: its reference is computed before the first step")
+        self.prepare_references()
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
@@ -372,6 +526,28 @@ class _ReferenceFirst(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.prepare_references()
+
+
+class SequenceCollator(DataCollatorForPreference):
+    """TRL's batches, with each pair's place in the set."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        return super().torch_call(examples) | {"row": torch.tensor([example["row"] for example in examples])}
+
+
+def reference_file(args: PreferenceArguments, name: str) -> Path:
+    """Where the stored reference of the pairs `train` or `eval` lies."""
+    return Path(str(args.output_dir)) / f"reference_logps.{name}.safetensors"
+
+
+def _check_no_dropout(model: nn.Module) -> None:
+    """The pass before a step and the step itself must see the same model. TRL has set the layers of dropout to 0."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if "dropout" in key and isinstance(value, float) and value > 0:
+                raise UserError(f"loss.scope: 'global' needs a model without dropout, but {name}.{key} is {value}")
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise UserError(f"loss.scope: 'global' needs a model without dropout, but {name} has {module.p}")
 
 
 @contextmanager

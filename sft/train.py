@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from trl.trainer.sft_config import SFTConfig as TRLConfig
 
 from alignment import adapters, atomic, attention, job, models, training
-from alignment.moe.adapters import check_adapter
-from alignment.moe.config import expert_parallel_size
 from alignment.packing import PackingPlan
 from alignment.rows import local_inputs
 from sft import data
@@ -45,7 +43,7 @@ def run(config: SFTConfig) -> None:
             peft_config=adapters.peft_config(config.lora, model) if config.lora else None,
         )
         metrics = training.train(trainer, this)
-        _save(trainer, this, config)
+        training.save(trainer, this, config.model, config.lora)
         if mixture is not None:
             metrics |= _account(this, mixture)
         this.finish(metrics | _figures(plan))
@@ -83,16 +81,6 @@ def _figures(plan: PackingPlan) -> dict[str, float]:
     }
 
 
-def _save(trainer: PackedSFTTrainer, this: job.Job, config: SFTConfig) -> None:
-    if config.lora is None:
-        trainer.save_model(str(this.dir / "model"))
-        return
-    trainer.save_model(str(this.dir / "adapter"))
-    if config.lora.merge and this.is_main:
-        gap = adapters.merge_adapter(config.model, this.dir / "adapter", this.dir / "model")
-        print(f"sft.train: merged; log-probabilities differ by {gap.max:.1e} at most, {gap.mean:.1e} on average")
-
-
 def _arguments(this: job.Job, config: SFTConfig) -> TRLConfig:
     """The plan already holds every epoch, so the trainer walks it once."""
     once = config.training.model_copy(update={"epochs": 1})
@@ -114,7 +102,7 @@ def plan(config: SFTConfig) -> list[str]:
     size = packs_per_step(config)
     return [
         f"model: {config.model.path or config.model.preset}",
-        *_plan_adapter(config),
+        *training.plan_adapter(config.lora, config.model),
         *check_sources(config),
         f"step: {size} packs of {config.packing.capacity} tokens = {size * config.packing.capacity} tokens",
         *memory,
@@ -132,16 +120,6 @@ def forecast(config: SFTConfig) -> list[str]:
         *describe_mixture(mixture),
         f"steps: {packs.steps:,}; utilisation {packs.utilisation:.2%}, padding {packs.padding_share:.2%}",
     ]
-
-
-def _plan_adapter(config: SFTConfig) -> list[str]:
-    if config.lora is None:
-        return []
-    model = adapters.on_meta(config.lora, config.model)
-    if expert_parallel_size():
-        check_adapter(model)
-    trained, total = model.get_nb_trainable_parameters()
-    return [f"adapter: {trained:,} of {total:,} parameters are trained ({trained / total:.2%})"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

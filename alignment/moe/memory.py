@@ -88,6 +88,13 @@ def count_experts(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in expert_parameters(model))
 
 
+def frozen_bytes(model: nn.Module, sharding: Sharding) -> float:
+    """What a rank holds of a model that only answers: weights, its experts split as those that train."""
+    experts = count_experts(model)
+    dense = sum(p.numel() for p in model.parameters()) - experts
+    return held(dense, sharding).weights + held(experts, sharding, sharding.expert_parallel).weights
+
+
 def memory_plan(model: nn.Module, config: PreTrainedConfig, sharding: Sharding) -> list[str]:
     """Lines that say what one rank holds of the model (which may lie on the meta device), and whether 80 GB suffice."""
     experts = count_experts(model)

@@ -185,7 +185,8 @@ def test_router_losses_are_logged_and_fillers_route_nothing(
 ) -> None:
     """Seven pairs in batches of two: our path ends with a filler, TRL's with one pair. All tokens are counted."""
     args = PreferenceArguments(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, loss_type=[loss], per_device_train_batch_size=2,
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, loss_type=[loss],
+        reference="live" if loss == "sigmoid" else "stored", per_device_train_batch_size=2,
         gradient_accumulation_steps=2, num_train_epochs=1, logging_steps=2, report_to="none", disable_tqdm=True,
         router_aux_loss_coef=0.0, save_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
