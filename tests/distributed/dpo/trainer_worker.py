@@ -116,7 +116,7 @@ def train(out: Path, case: dict[str, Any]) -> dict[str, Any]:
     first: dict[str, torch.Tensor] = {}
     if case["stage"] is None:
         made.create_optimizer()
-        made.optimizer.register_step_pre_hook(lambda *_: first or first.update(gradients(made.model)))
+        made.optimizer.register_step_pre_hook(lambda *_: note_gradients(first, made.model))
     made.train()
     made.evaluate()
     made.save_model(str(out / case["name"] / "saved"))
@@ -125,8 +125,10 @@ def train(out: Path, case: dict[str, Any]) -> dict[str, Any]:
     return {"log": made.state.log_history, "gradients": first, "weights": weights(made.model, case)}
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+def note_gradients(first: dict[str, torch.Tensor], model: Any) -> None:
+    """Those of the first step."""
+    if not first:
+        first |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def weights(model: Any, case: dict[str, Any]) -> dict[str, torch.Tensor]:
