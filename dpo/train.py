@@ -41,6 +41,7 @@ from dpo.trainer import (
     reference_file,
 )
 
+CHECKPOINTS = "checkpoints"  # alignment.training's folder of them; the stored reference lies there too
 SMOOTHED_LOSSES = ("exo_pair", "robust", *SORTED_LOSSES)  # those of TRL that read label_smoothing
 
 
@@ -70,13 +71,14 @@ def run(config: DPOConfig) -> None:
             reference_hash = weights_hash(Path(config.reference.model))
             _store_reference(this, config, make, reference_hash)
         model = _load(config, config.model, tokenizer)
+        frozen = _frozen_copy(config, tokenizer)
         trainer = make(
             model=model,
+            ref_model=frozen,
             args=arguments(this, config),
             weights_hash=_version(config),
             reference_hash=reference_hash,
             router=config.training.router,
-            ref_model=_frozen_copy(config, tokenizer),
             peft_config=adapters.peft_config(config.lora, model) if config.lora else None,
         )
         metrics = training.train(trainer, this)
@@ -123,18 +125,17 @@ def _frozen_copy(config: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     return _load(config, _reference_source(config), tokenizer)
 
 
-def _store_reference(this: job.Job, config: DPOConfig, make: Any, version: str) -> None:
+def _store_reference(this: job.Job, config: DPOConfig, make: partial[Any], version: str) -> None:
     """Load the reference's model, write its log-probabilities, and drop it, before the policy is loaded."""
-    args = arguments(this, config)
     names = ["train", "eval"] if config.evaluation else ["train"]
-    if all(reference_file(args, name).exists() for name in names):
+    if all(reference_file(this.dir / CHECKPOINTS, name).exists() for name in names):
         return  # a resumed run; the trainer checks what they are
-    tokenizer = make.keywords["processing_class"]
-    trainer = make(model=_load(config, _reference_source(config), tokenizer), args=args, weights_hash=version)
+    model = _load(config, _reference_source(config), make.keywords["processing_class"])
+    trainer = make(model=model, args=arguments(this, config), weights_hash=version)
     trainer.store_references()
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()
-    del trainer
+    del model, trainer
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -143,7 +144,7 @@ def arguments(this: job.Job, config: DPOConfig) -> PreferenceArguments:
     loss = config.loss
     ours = {"nll_weight": loss.nll_weight} if loss.type in WEIGHTED_LOSSES or loss.scope == "global" else {}
     smoothed = {"label_smoothing": loss.label_smoothing} if loss.label_smoothing else {}
-    from_the_start = training.last_whole_checkpoint(this.dir / "checkpoints") is None
+    from_the_start = training.last_whole_checkpoint(this.dir / CHECKPOINTS) is None
     return training.training_arguments(
         PreferenceArguments,
         this,

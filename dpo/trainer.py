@@ -301,7 +301,7 @@ class PreferenceTrainer(DPOTrainer):
         for name, pairs in self._pairs.items():
             if pairs is None or name in self._references:
                 continue
-            path = reference_file(self.args, name)
+            path = reference_file(Path(str(self.args.output_dir)), name)
             # Rank 0 looks, so that no rank waits in a collective that another skips.
             found = [path.exists()]
             broadcast_object_list(found)
@@ -535,9 +535,9 @@ class SequenceCollator(DataCollatorForPreference):
         return super().torch_call(examples) | {"row": torch.tensor([example["row"] for example in examples])}
 
 
-def reference_file(args: PreferenceArguments, name: str) -> Path:
+def reference_file(output_dir: Path, name: str) -> Path:
     """Where the stored reference of the pairs `train` or `eval` lies."""
-    return Path(str(args.output_dir)) / f"reference_logps.{name}.safetensors"
+    return output_dir / f"reference_logps.{name}.safetensors"
 
 
 def _check_no_dropout(model: nn.Module) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from peft import get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from worker import EOS, PAD, VOCAB, random_pairs, settings, tiny_model, tiny_tokenizer
 
@@ -27,7 +26,8 @@ from dpo.trainer import PreferenceArguments
 
 ROWS_A_STEP = 8
 DEFAULTS: dict[str, Any] = {
-    "loss": "ot_dpo", "scope": "micro", "reference": "stored", "other": False, "lora": False, "dense": False,
+    "loss": "ot_dpo", "scope": "micro", "reference": "stored", "other": False, "copy": False, "lora": False,
+    "dense": False,
     "stage": None, "ep": 0, "pairs": 11, "nll_weight": 0.2, "router": "global",
 }  # fmt: skip
 
@@ -62,6 +62,9 @@ def dense_model() -> PreTrainedModel:
 def save_bases(out: Path) -> None:
     """Both policies, and other weights to be held to."""
     for name, model in (("moe", tiny_model()), ("dense", dense_model())):
+        with torch.no_grad():
+            for gate in (p for key, p in model.named_parameters() if key.endswith("mlp.gate.weight")):
+                gate.normal_(std=0.5)  # they start at zero, which is an even choice
         model.save_pretrained(out / "bases" / name)
         tiny_tokenizer().save_pretrained(out / "bases" / name)
         with torch.no_grad():
@@ -107,7 +110,7 @@ def train(out: Path, case: dict[str, Any]) -> dict[str, Any]:
         options["reference_hash"] = "other"
         del scoring
         gc.collect()
-    if case["reference"] == "live" and (case["other"] or not case["lora"]):
+    if case["reference"] == "live" and (case["other"] or case["copy"] or not case["lora"]):
         options["ref_model"] = load(out, case, other=case["other"])
     model = load(out, case, other=False)
     if case["lora"]:
@@ -122,21 +125,13 @@ def train(out: Path, case: dict[str, Any]) -> dict[str, Any]:
     made.save_model(str(out / case["name"] / "saved"))
     if case["stage"] is not None:
         made.deepspeed.destroy()
-    return {"log": made.state.log_history, "gradients": first, "weights": weights(made.model, case)}
+    return {"log": made.state.log_history, "gradients": first}
 
 
 def note_gradients(first: dict[str, torch.Tensor], model: Any) -> None:
     """Those of the first step."""
     if not first:
         first |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def weights(model: Any, case: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """As held in memory, where they are whole; what was saved says the same of the rest."""
-    if case["stage"] is not None:
-        return {}
-    state = get_peft_model_state_dict(model) if case["lora"] else model.state_dict()
-    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def run(out: Path, case: dict[str, Any]) -> Any:

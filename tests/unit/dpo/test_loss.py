@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.loss import chosen_nll, weighted_dpo_loss
+from dpo.loss import aot_losses, aot_slopes, chosen_nll, weighted_dpo_loss
 
 
 def example(seed: int = 0) -> list[Tensor]:
@@ -64,3 +64,38 @@ def test_nll_is_a_mean_over_the_completions_tokens() -> None:
     logps = torch.tensor([[-1.0, -3.0], [-5.0, -7.0], [-1.0, -1.0]])
     mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
     assert chosen_nll(logps, mask).tolist() == [2.0, 5.0, 0.0]
+
+
+def test_aot_by_hand() -> None:
+    """Chosen sorted (1, 3) against rejected sorted (0, 2): both ranks differ by 1, though the pairs by 3 and -1.
+
+    -log sigmoid(0.5) = 0.474077. Paired: differences (3, -1) sorted (-1, 3), reference's (0.5, 0) sorted (0, 0.5):
+    gaps -1 and 2.5, -log sigmoid(-0.5) = 0.974077 and -log sigmoid(1.25) = 0.251929.
+    """
+    chosen, rejected = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 2.0])
+    assert aot_losses(chosen, rejected, beta=0.5).tolist() == pytest.approx([0.474077, 0.474077], abs=1e-6)
+    reference = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    paired = aot_slopes(torch.cat([chosen, rejected]), reference, 0.5, paired=True)
+    assert paired.loss.item() == pytest.approx((0.974077 + 0.251929) / 2, abs=1e-6)
+    # slope: -beta sigmoid(-beta gap), at the pair whose difference has that rank
+    assert paired.chosen.tolist() == pytest.approx([-0.5 * 0.222700, -0.5 * 0.622459], abs=1e-6)
+    assert paired.rejected.tolist() == pytest.approx([0.5 * 0.222700, 0.5 * 0.622459], abs=1e-6)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_slopes_are_the_gradient_of_the_whole_batch(paired: bool) -> None:
+    """Backpropagated pair by pair, they give what finite differences of the loss of all pairs give."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, reference, theta = (torch.randn(10, generator=generator, dtype=torch.float64) for _ in range(3))
+    theta.requires_grad_()
+    slopes = aot_slopes((inputs * theta).detach(), reference, 0.7, paired=paired)
+    surrogate = (torch.cat([slopes.chosen, slopes.rejected]) * inputs * theta).sum() / 5
+    (cut,) = torch.autograd.grad(surrogate, theta)
+
+    def loss(values: torch.Tensor) -> float:
+        return aot_slopes(inputs * values, reference, 0.7, paired=paired).loss.item()
+
+    step = 1e-6 * torch.eye(10, dtype=torch.float64)
+    numeric = [(loss(theta.detach() + e) - loss(theta.detach() - e)) / 2e-6 for e in step]
+    assert cut.tolist() == pytest.approx(numeric, abs=1e-7)
+    assert cut.abs().max() > 0.01

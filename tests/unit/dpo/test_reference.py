@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 
 from alignment.errors import UserError
 from dpo.reference import ReferenceLogps
@@ -52,3 +53,18 @@ def test_sums_over_a_sequence_and_nan_are_refused(path: Path, chosen: list[torch
     ReferenceLogps.save(path, VALUES | {"chosen": chosen}, PAIRS, weights="w1")
     with pytest.raises(UserError, match="'chosen' must hold one finite log-probability a token"):
         ReferenceLogps.load(path, PAIRS, weights="w1")
+
+
+def test_a_torn_file_and_one_of_another_form_are_refused(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    with pytest.raises(UserError, match=r"no whole file of reference log-probabilities .*; delete it"):
+        ReferenceLogps.load(path, PAIRS, weights="w1")
+    save_file({"ref_chosen_logps": torch.zeros(2)}, path)
+    with pytest.raises(UserError, match="no whole file of reference log-probabilities"):
+        ReferenceLogps.load(path, PAIRS, weights="w1")
+
+
+def test_sums_are_of_whole_completions(path: Path) -> None:
+    chosen, rejected = ReferenceLogps.load(path, PAIRS, weights="w1").sums(torch.tensor([1, 0]))
+    assert (chosen.tolist(), rejected.tolist()) == ([-3, -3], [-18, -4])

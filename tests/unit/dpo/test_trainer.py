@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment.config import RouterConfig
 from alignment.errors import UserError
+from dpo.alarm import ALARM_STEPS
 from dpo.data import PairCollator, tokenize_pairs
 from dpo.ot import ot_token_weights
 from dpo.train import ExpertParallelPreferenceTrainer
@@ -32,7 +33,11 @@ def make(ernie: PreTrainedModel, pairs: Dataset, tokenizer: PreTrainedTokenizerB
     """Trainers that all start from the same weights."""
 
     def make(
-        model: PreTrainedModel | None = None, eval_dataset: Dataset | None = None, **options: Any
+        model: PreTrainedModel | None = None,
+        eval_dataset: Dataset | None = None,
+        ref_model: PreTrainedModel | None = None,
+        reference_hash: str | None = None,
+        **options: Any,
     ) -> PreferenceTrainer:
         settings: dict[str, Any] = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
@@ -47,6 +52,8 @@ def make(ernie: PreTrainedModel, pairs: Dataset, tokenizer: PreTrainedTokenizerB
             train_dataset=pairs,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
+            ref_model=ref_model,
+            reference_hash=reference_hash,
         )
 
     return make
@@ -179,6 +186,71 @@ def test_trl_losses_run_by_trls_path(make: Make, dense: PreTrainedModel, tmp_pat
     assert logged(trainer, "loss")[0] == pytest.approx(25, abs=1e-3)
 
 
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+def test_aot_over_a_step_sorts_all_of_its_pairs_and_no_filler(make: Make, loss: str, tmp_path: Path) -> None:
+    """Seven pairs in one batch, where TRL's own sorts as many, against 2 + 2 + 2 + (1 and a filler)."""
+    cut: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    whole = make(loss_type=[loss], loss_scope="global", nll_weight=0.2)
+    weights = trained(whole)
+    parts = make(loss_type=[loss], loss_scope="global", nll_weight=0.2, output_dir=str(tmp_path / "parts"), **cut)
+    torch.testing.assert_close(trained(parts), weights, rtol=0, atol=1e-5)
+    for key in ("loss", "preference_loss", "rewards/margins", "kl", "grad_norm"):
+        assert logged(parts, key) == pytest.approx(logged(whole, key), abs=1e-5)
+
+
+def test_trls_aot_over_micro_batches_is_another_loss(make: Make, tmp_path: Path) -> None:
+    whole, parts = (
+        trained(make(loss_type=["aot"], per_device_train_batch_size=size, gradient_accumulation_steps=14 // size // 2))
+        for size in (7, 1)
+    )
+    assert max((whole[name] - parts[name]).abs().max() for name in whole) > 1e-3
+
+
+def test_aot_over_a_step_refuses_dropout(make: Make, dense: PreTrainedModel) -> None:
+    dense.model.layers[1].self_attn.attention_dropout = 0.1
+    with pytest.raises(UserError, match=r"without dropout, but model\.layers\.1\.self_attn\.attention_dropout is 0\.1"):
+        make(dense, loss_type=["aot"], loss_scope="global")
+
+
+def test_a_live_reference_is_the_stored_one(make: Make, ernie: PreTrainedModel, tmp_path: Path) -> None:
+    stored = make()
+    weights = trained(stored)
+    live = make(ref_model=copy.deepcopy(ernie), reference="live", output_dir=str(tmp_path / "live"))
+    torch.testing.assert_close(trained(live), weights, rtol=0, atol=1e-5)
+    assert logged(live, "kl") == pytest.approx(logged(stored, "kl"), abs=1e-5)
+    assert logged(live, "kl")[-1] > 0.01
+    assert not list((tmp_path / "live").glob("reference_logps*"))
+
+
+def test_a_reference_of_another_model_must_be_there_before(make: Make, ernie: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match="missing: the reference is another model, which has to be run first"):
+        make(reference_hash="other").train()
+    with pytest.raises(ValueError, match="a live reference without an adapter to switch off is a copy"):
+        make(reference="live")
+    with pytest.raises(ValueError, match="a stored reference is computed by `store_references`"):
+        make(ref_model=ernie)
+
+
+def test_both_sides_falling_warns_once(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A huge likelihood term with the wrong sign pushes both completions down."""
+    trainer = make(beta=1e-3, num_train_epochs=2 * ALARM_STEPS, learning_rate=1e-2)
+    trainer.args.nll_weight = -1.0
+    trainer.train()
+    assert (
+        max(logged(trainer, "logratio_per_token/chosen")[-1], logged(trainer, "logratio_per_token/rejected")[-1]) < -1
+    )
+    assert [r.getMessage() for r in caplog.records if "have both been more than 0.1 nats" in r.getMessage()] != []
+    assert len([r for r in caplog.records if r.name == "dpo.trainer"]) == 1
+
+
+def test_lengths_and_ratios_are_logged(make: Make, pairs: Dataset) -> None:
+    trainer = make(num_train_epochs=1)
+    trainer.train()
+    for side in ("chosen", "rejected"):
+        assert logged(trainer, f"tokens/{side}") == [pytest.approx(sum(map(len, pairs[f"{side}_ids"])) / 7)]
+        assert logged(trainer, f"logratio_per_token/{side}") == [pytest.approx(0, abs=1e-6)]
+
+
 @pytest.mark.parametrize("loss", ["ot_dpo", "sigmoid"])
 def test_router_losses_are_logged_and_fillers_route_nothing(
     loss: str, ernie: PreTrainedModel, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
@@ -214,6 +286,9 @@ def test_router_losses_are_logged_and_fillers_route_nothing(
         ({"ld_alpha": 0.5}, "ld_alpha: has no effect on loss_type 'ot_dpo'"),
         ({"loss_type": ["dpo"], "label_smoothing": 0.1}, "label_smoothing: has no effect"),
         ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef: has no effect on our losses"),
+        ({"loss_scope": "global"}, r"loss_scope: 'global' has no effect on \['ot_dpo'\]"),
+        ({"loss_type": ["sigmoid"], "ld_alpha": 0.5}, "ld_alpha: weighs tokens of the reference too"),
+        ({"max_length": 10}, "max_length: nothing is cut here"),
         ({"loss_type": ["sigmoid"], "nll_weight": 0.1}, "nll_weight: has no effect on TRL's loss 'sigmoid'"),
     ],
 )
