@@ -24,8 +24,16 @@ DIAGNOSTICS = (
     ("Reward margin", (("", "rewards/margins"),)),
     (RANKED_RIGHT, (("", "rewards/accuracies"),)),
     ("Log-probability a token", (("chosen", "logps_per_token/chosen"), ("rejected", "logps_per_token/rejected"))),
-    ("KL to the round's start", (("", "kl"),)),
+    (
+        "Log-probability a token above the reference",
+        (("chosen", "logratio_per_token/chosen"), ("rejected", "logratio_per_token/rejected")),
+    ),
+    ("KL to the reference", (("", "kl"),)),
+    ("Implicit rewards", (("chosen", "rewards/chosen"), ("rejected", "rewards/rejected"))),
+    ("Tokens of a completion", (("chosen", "tokens/chosen"), ("rejected", "tokens/rejected"))),
     ("Spread of the OT weights", (("", "ot/spread"),)),
+    ("Transported mass", (("", "ot/mass"),)),
+    ("Pairs that transport changes little", (("", "ot/unchanged"),)),
 )
 
 
@@ -174,15 +182,27 @@ def _moved(points: Sequence[Point], offset: float) -> list[Point]:
 def _caption(runs: Sequence[tuple[str, Run]]) -> str:
     fallbacks = sum(y for _, run in runs for _, y in run.curve("ot/fallbacks"))
     steps = (
-        "Against optimizer steps. The margin and the share of pairs ranked right should rise within a round; each "
-        "round has its own reference. The log-probability of the chosen answers should hold: where it falls, the "
-        "model forgets what it could do. "
+        "Against optimizer steps. The margin and the share of pairs ranked right should rise within a round. The "
+        "log-probability of the chosen answers should hold: where it falls, the model forgets what it could do. "
+        f"{_alarm(runs)}"
     )
     if not any(run.curve("ot/spread") for _, run in runs):
         return steps.strip()
     if not fallbacks:
         return steps + "Every pair's transport was solved; none fell back to even weights."
     return steps + f"{fallbacks:,.0f} pairs' transport was not solved and fell back to even weights."
+
+
+def _alarm(runs: Sequence[tuple[str, Run]]) -> str:
+    """What the alarm of `dpo.alarm` says of runs that have it."""
+    counts = [(name, numbers(run.metrics).get("alarms.both_fall")) for name, run in runs]
+    fallen = [name or "the run" for name, count in counts if count]
+    if fallen:
+        return (
+            f"ALARM: chosen and rejected answers have both become less likely than under the reference, in "
+            f"{', '.join(fallen)}: raise nll_weight or beta, or lower the learning rate. "
+        )
+    return "No alarm: they have not both fallen below the reference. " if any(c == 0 for _, c in counts) else ""
 
 
 def _measured(stage: StageRun) -> list[Block]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from worker import EOS, PAD, VOCAB, random_pairs, settings, tiny_model, tiny_tokenizer
 
 from alignment import adapters
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
 def launched_with(folder: Path, stage: int | None, ep: int) -> None:
     """As if this process had been launched with another DeepSpeed config, or without DeepSpeed."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()  # under ZeRO 3 the next model would be loaded in parts
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(stage is not None).lower()
     os.environ["ACCELERATE_USE_CPU"] = str(stage is None).lower()
     if stage is None:
