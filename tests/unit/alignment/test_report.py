@@ -205,10 +205,11 @@ def write_online(
         history = [
             {"step": s, "loss": 1 - s / 40, "preference_loss": 0.7 - s / 60, "nll": 0.3, "rewards/margins": s / 10,
              "rewards/accuracies": min(1.0, 0.5 + s / 30), "logps_per_token/chosen": -0.4 - s / 200,
-             "logps_per_token/rejected": -0.5 - s / 40, "kl": s / 500, "ot/spread": 0.2 + s / 100, "ot/fallbacks": 1}
+             "logps_per_token/rejected": -0.5 - s / 40, "kl": s / 500, "ot/spread": 0.2 + s / 100, "ot/fallbacks": 1,
+             "logratio_per_token/chosen": -s / 200, "logratio_per_token/rejected": -s / 40, "tokens/chosen": 20 + s}
             for s in range(1, steps + 1)
         ]  # fmt: skip
-        finish(part / "train", "dpo.train", {"train.loss": 0.8}, history=history)
+        finish(part / "train", "dpo.train", {"train.loss": 0.8, "alarms.both_fall": number - 1}, history=history)
         found = write_evaluation(part / "evaluation", rows, n, rate, rng)
         (part / "evaluation/metrics.json").unlink()  # the job keeps a round's metrics in its own
         write_ledger(part, 40, {"none correct": 3, "all correct": 2})
@@ -384,6 +385,9 @@ def test_sections_tell_the_whole_run(page: str, pipeline: Path) -> None:
         assert words in text
     assert "overlong 4" in text
     assert "none correct 3, all correct 2" in text
+    assert (
+        "ALARM: chosen and rejected answers have both become less likely than under the reference, in round 2" in text
+    )
     assert "12 pairs' transport was not solved" in text
     assert f"python -m dpo.online --config {pipeline.parent / 'online.yaml'}" in text
     assert "abc123" in text
