@@ -8,19 +8,17 @@ The loss of a step is the sum over its real pairs divided by their number over a
 `get_batch_samples` counts them before the first forward of the step; `compute_loss` multiplies by the number of ranks,
 because DDP and DeepSpeed average gradients over them.
 
-Suffixes: B pairs, N = 2B rows [chosen; rejected], T columns, S columns from the first completion token on, D model dim.
+Suffixes: B pairs, N = 2B rows [chosen; rejected], S columns of completions, D model dim.
 """
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -31,6 +29,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from alignment.errors import UserError, did_you_mean
 from dpo.data import COLUMNS, PairCollator, ShuffledFillersLast, fill, filler_pair
+from dpo.forward import Completions, Way, causal_model, choose_way, completions
 from dpo.loss import chosen_nll, weighted_dpo_loss
 from dpo.ot import CostNorm, ot_token_weights
 from dpo.reference import ReferenceLogps
@@ -97,14 +96,6 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
     return None if option.name == "pad_to_multiple_of" else option.default
 
 
-class Completions(NamedTuple):
-    """What one forward says of the completions of a batch."""
-
-    logps: Tensor  # [N, S], 0 outside the completions
-    mask: Tensor  # [N, S]
-    hidden: Tensor | None  # [N, S, D] last-layer states that predict the tokens
-
-
 class PreferenceTrainer(DPOTrainer):
     """Trains `model` on tokenized pairs (`dpo.data.tokenize_pairs`) with a loss of `PreferenceArguments`.
 
@@ -136,6 +127,7 @@ class PreferenceTrainer(DPOTrainer):
         self.model: PreTrainedModel
         self.weighted = args.weighted
         self._pairs = {"train": train_dataset, "eval": eval_dataset}
+        self._way: Way | None = None
         self._references: dict[str, ReferenceLogps] = {}
         self._sums: dict[str, defaultdict[str, Tensor | float]] = {k: defaultdict(float) for k in self._pairs}
         if self.weighted:
@@ -201,10 +193,19 @@ class PreferenceTrainer(DPOTrainer):
             count = self.accelerator.reduce(pairs.to(self.args.device), "sum")
         return batches, count
 
+    # Forward
+
+    def _prepare_forward(self) -> None:
+        """Find out, once and before the first batch is made, how the model takes pairs. On all ranks."""
+        if self._way is None:
+            self._way = choose_way(self.model_wrapped, causal_model(self.model))
+            self.data_collator.packed = not self._way.padded
+
     # Reference
 
     def prepare_references(self) -> None:
         """Compute or read the reference of the training and evaluation pairs. On all ranks, before the first step."""
+        self._prepare_forward()
         for name, pairs in self._pairs.items():
             if pairs is None or name in self._references:
                 continue
@@ -258,8 +259,7 @@ class PreferenceTrainer(DPOTrainer):
             raise NotImplementedError("compute_metrics needs logits, which are not kept")
         mode = "train" if self.model.training else "eval"
         policy = self._forward(model, inputs, hidden=self.args.transport)
-        mask_full = inputs["completion_mask"]
-        reference = self._references[mode].batch(inputs["row"], mask_full)[:, inputs["completion_start"] :]
+        reference = self._references[mode].batch(inputs["row"], policy.mask)
         policy_c, policy_r = policy.logps.chunk(2)
         reference_c, reference_r = reference.chunk(2)
         mask_c, mask_r = policy.mask.chunk(2)
@@ -290,24 +290,8 @@ class PreferenceTrainer(DPOTrainer):
         return total * self.accelerator.num_processes / num_items_in_batch
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any], hidden: bool = False) -> Completions:
-        """One forward through the wrapped model, with logits from the first completion token on only."""
-        start: int = inputs["completion_start"]
-        targets_NS = inputs["input_ids"][:, start:]
-        mask_NS = inputs["completion_mask"][:, start:]
-        with _last_hidden_state(self.accelerator.unwrap_model(model)) as states:
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-                logits_to_keep=targets_NS.shape[1] + 1,
-            )
-        logits_NSV = outputs.logits[:, :-1].float()
-        logps_NS = logits_NSV.gather(-1, targets_NS[..., None]).squeeze(-1) - logits_NSV.logsumexp(-1)
-        return Completions(
-            logps=logps_NS.masked_fill(~mask_NS, 0.0),
-            mask=mask_NS,
-            hidden=states[0].detach()[:, start - 1 : -1] if hidden else None,
-        )
+        assert self._way is not None
+        return completions(model, causal_model(self.accelerator.unwrap_model(model)), inputs, self._way, hidden)
 
     def _token_weights(self, policy: Completions) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
         mask_c, mask_r = policy.mask.chunk(2)
@@ -372,22 +356,6 @@ class _ReferenceFirst(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.prepare_references()
-
-
-@contextmanager
-def _last_hidden_state(model: Any) -> Iterator[list[Tensor]]:
-    """Keeps the last-layer states of the forwards inside.
-
-    By a hook on the decoder: `output_hidden_states` would keep every layer's, and calling the decoder directly would go
-    round the wrapper that gathers and shards its weights.
-    """
-    states: list[Tensor] = []
-    decoder = (model.get_base_model() if is_peft_model(model) else model).base_model
-    handle = decoder.register_forward_hook(lambda _module, _args, output: states.append(output.last_hidden_state))
-    try:
-        yield states
-    finally:
-        handle.remove()
 
 
 def _token_mean(values: Tensor, mask: Tensor) -> Tensor:
