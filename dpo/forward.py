@@ -7,7 +7,8 @@ predict completion tokens. The head then returns their log-probabilities instead
 time. Models that change their logits behind the head (soft caps, scales), or whose head is not a plain linear layer,
 project the completion tokens whole.
 
-Suffixes: N = 2B rows [chosen; rejected], S columns, n completion tokens of all rows in order, D model dim, V vocabulary.
+Suffixes: N = 2B rows [chosen; rejected], S columns, n completion tokens of all rows in order, D model dim,
+V vocabulary.
 """
 
 import logging

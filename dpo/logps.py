@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens from the states that predict them, without the logits of all of them.
 
-Logits exist for a chunk of tokens at a time, in one buffer that every step of the softmax overwrites. The backward makes
-them again, so that each token may have a gradient of its own: four matrix products of the head in place of three, and
-no [n, V] tensor. Sums over the vocabulary are float32 (float64 of float64), and so is the weight's gradient until it
+Logits exist for a chunk of tokens at a time, in one buffer that every step of the softmax overwrites. The backward
+makes them again, so that each token may have a gradient of its own: four matrix products of the head in place of three,
+and no [n, V] tensor. Sums over the vocabulary are float32 (float64 of float64), and so is the weight's gradient until it
 holds all chunks.
 
 Suffixes: n tokens, c tokens of a chunk, D model dim, V vocabulary.
@@ -76,9 +76,11 @@ def _chunks(hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Iter
     buffer_cV = hidden_nD.new_empty(size, len(weight_VD))
     for start in range(0, tokens, max(1, size)):
         part = slice(start, min(start + size, tokens))
-        logits_cV = torch.mm(hidden_nD[part], weight_VD.t(), out=buffer_cV[: part.stop - start])
-        if bias_V is not None:
-            logits_cV += bias_V
+        logits_cV = buffer_cV[: part.stop - start]
+        if bias_V is None:
+            torch.mm(hidden_nD[part], weight_VD.t(), out=logits_cV)
+        else:
+            torch.addmm(bias_V.to(logits_cV.dtype), hidden_nD[part], weight_VD.t(), out=logits_cV)
         yield part, logits_cV.to(_wide(logits_cV.dtype))
 
 

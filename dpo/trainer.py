@@ -15,7 +15,7 @@ import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -199,7 +199,7 @@ class PreferenceTrainer(DPOTrainer):
         """Find out, once and before the first batch is made, how the model takes pairs. On all ranks."""
         if self._way is None:
             self._way = choose_way(self.model_wrapped, causal_model(self.model))
-            self.data_collator.packed = not self._way.padded
+            cast(PairCollator, self.data_collator).packed = not self._way.padded
 
     # Reference
 

@@ -86,8 +86,10 @@ def test_transport_and_likelihood_of_a_batch_against_plain_forwards(make: Make, 
         for parameter in trainer.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     trainer.model.train()
-    batch: Any = PairCollator(pad_token_id=0)(pairs.to_list())
+    batch: Any = PairCollator(pad_token_id=0, packed=True)(pairs.to_list())
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(7.0))
+    assert trainer.model.config._attn_implementation == "segments"
+    trainer.model.set_attn_implementation("sdpa")
 
     expected = []
     for pair in pairs.to_list():
