@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens from the states that predict them, without the logits of all of them.
 
 Logits exist for a chunk of tokens at a time, in one buffer that every step of the softmax overwrites. The backward
-makes them again, so that each token may have a gradient of its own: four matrix products of the head in place of three,
-and no [n, V] tensor. Sums over the vocabulary are float32 (float64 of float64), and so is the weight's gradient until it
-holds all chunks.
+makes them again, so that each token may have a gradient of its own: four matrix products of the head in place of
+three, and no [n, V] tensor. Sums over the vocabulary are float32 (float64 of float64), and so is the weight's
+gradient until it holds all chunks.
 
 Suffixes: n tokens, c tokens of a chunk, D model dim, V vocabulary.
 """

@@ -23,7 +23,7 @@ tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 
 PAIRS = 8
-BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 5}
+BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 5, "beta": 0.1}
 LIMIT = 1e-6
 
 
