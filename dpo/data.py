@@ -7,7 +7,7 @@ and no pair is repeated or dropped.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -99,32 +99,66 @@ class ShuffledFillersLast(Sampler[int]):
         return self.total
 
 
-@dataclass(frozen=True)
+@dataclass
 class PairCollator:
-    """Pairs to rows [all chosen; all rejected], right-padded to the longest.
+    """Pairs to sequences [all chosen; all rejected], packed in one row, or right-padded to the longest.
 
-    Returns `input_ids`, `attention_mask`, `completion_mask` [2B, T], `pair_weight` [B], `row` [B], and
-    `completion_start`, the first column that holds a completion token.
+    Returns the rows (`packed_row`; padded, `input_ids` and `attention_mask` [2B, T]) and, either way:
+    `predictors` and `targets` [n]: for every completion token, in order, the place of the token before it in the
+    flattened rows, and its id; `completion_mask` [2B, S]: the completions alone, from column 0 on; `pair_weight` [B];
+    `row` [B]; and `routed`, of the shape of `input_ids`: the tokens of pairs with a weight, which routers count.
+
+    Raises:
+        ValueError: a pair without a prompt, whose first completion token nothing predicts.
     """
 
     pad_token_id: int
+    packed: bool = False
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor | int]:
-        sides = [(pair["prompt_ids"], pair[key]) for key in ("chosen_ids", "rejected_ids") for pair in pairs]
-        width = max(len(prompt) + len(completion) for prompt, completion in sides)
-        input_ids = torch.full((len(sides), width), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for i, (prompt, completion) in enumerate(sides):
-            end = len(prompt) + len(completion)
-            input_ids[i, :end] = torch.tensor([*prompt, *completion])
-            attention_mask[i, :end] = 1
-            completion_mask[i, len(prompt) : end] = True
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "completion_mask": completion_mask,
-            "pair_weight": torch.tensor([pair["pair_weight"] for pair in pairs]),
+        if promptless := [pair["row"] for pair in pairs if not pair["prompt_ids"]]:
+            raise ValueError(f"pairs {promptless}: no prompt token, expected at least one")
+        prompts = [pair["prompt_ids"] for pair in pairs] * 2
+        answers = [pair[key] for key in ("chosen_ids", "rejected_ids") for pair in pairs]
+        rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        inputs = packed_row(rows) if self.packed else padded_rows(rows, self.pad_token_id)
+        width = int(lengths.max())
+        starts = lengths.cumsum(0) - lengths if self.packed else torch.arange(len(rows)) * width
+        before = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        tokens = torch.tensor([len(answer) for answer in answers])
+        column_S = torch.arange(int(tokens.max()))
+        mask_NS = column_S < tokens[:, None]
+        weight = torch.tensor([pair["pair_weight"] for pair in pairs])
+        counts = weight.bool().repeat(2)
+        mask = cast(Tensor, inputs["attention_mask"]).bool()
+        return inputs | {
+            "predictors": ((starts + before)[:, None] + column_S)[mask_NS],
+            "targets": torch.tensor([token for answer in answers for token in answer], dtype=torch.long),
+            "completion_mask": mask_NS,
+            "pair_weight": weight,
             "row": torch.tensor([pair["row"] for pair in pairs]),
-            "completion_start": min(len(prompt) for prompt, _ in sides),
+            "routed": counts.repeat_interleave(lengths)[None] if self.packed else mask & counts[:, None],
         }
+
+
+def packed_row(sequences: list[list[int]]) -> dict[str, Tensor | int]:
+    """One row of all sequences for segment attention: [1, T] each, and `cu_seq_lens_q`, their ends from 0 on."""
+    lengths = [len(ids) for ids in sequences]
+    ids = torch.tensor([token for ids in sequences for token in ids])[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),  # all count; attention itself goes by the ends
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32),
+        "max_length_q": max(lengths),
+    }
+
+
+def padded_rows(sequences: list[list[int]], pad_token_id: int) -> dict[str, Tensor | int]:
+    """Sequences padded on the right to the longest, and what counts: [N, T] each."""
+    width = max(map(len, sequences))
+    return {
+        "input_ids": torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in sequences]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences]),
+    }

@@ -49,10 +49,7 @@ class ExpertParallelPreferenceTrainer(RouterLossMixin, ExpertParallelTrainerMixi
     """PreferenceTrainer whose experts may be split between ranks, and whose every save is whole."""
 
     def routed_tokens(self, inputs: dict[str, Any]) -> Tensor:
-        tokens = super().routed_tokens(inputs)
-        if not self.ours:
-            return tokens
-        return tokens & inputs["pair_weight"].bool().repeat(2)[:, None]  # fillers train nothing
+        return inputs["routed"] if self.ours else super().routed_tokens(inputs)  # fillers train nothing
 
 
 def run(config: DPOConfig) -> None:

@@ -12,7 +12,7 @@ because DDP and DeepSpeed average gradients over them.
 the first backward: `get_batch_samples` runs every micro-batch without gradient, gathers the sums over the ranks, and
 leaves each micro-batch the slopes of its own pairs (dpo.loss.aot_slopes).
 
-Suffixes: B pairs, N = 2B rows [chosen; rejected], T columns, S columns from the first completion token on, D model dim.
+Suffixes: B pairs, N = 2B rows [chosen; rejected], S columns of completions, D model dim.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
@@ -39,6 +39,7 @@ from trl.trainer.utils import use_adapter
 from alignment.errors import UserError, did_you_mean
 from dpo.alarm import ALARM_MARGIN, ALARM_STEPS, both_fall
 from dpo.data import COLUMNS, PairCollator, ShuffledFillersLast, fill, filler_pair
+from dpo.forward import Completions, Way, causal_model, choose_way, completions
 from dpo.loss import Slopes, aot_slopes, chosen_nll, weighted_dpo_loss
 from dpo.ot import CostNorm, ot_token_weights
 from dpo.reference import ReferenceLogps
@@ -123,14 +124,6 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
     return None if option.name == "pad_to_multiple_of" else option.default
 
 
-class Completions(NamedTuple):
-    """What one forward says of the completions of a batch."""
-
-    logps: Tensor  # [N, S], 0 outside the completions
-    mask: Tensor  # [N, S]
-    hidden: Tensor | None  # [N, S, D] last-layer states that predict the tokens
-
-
 @dataclass(frozen=True)
 class Ahead:
     """What the pass before a step found out about one of its micro-batches.
@@ -178,6 +171,7 @@ class PreferenceTrainer(DPOTrainer):
         self.ours = args.ours
         self._check_reference(model, args, weights_hash or reference_hash, kwargs)
         self._pairs = {"train": train_dataset, "eval": eval_dataset}
+        self._way: Way | None = None
         self._references: dict[str, ReferenceLogps] = {}
         self._sums: dict[str, defaultdict[str, Tensor | float]] = {k: defaultdict(float) for k in self._pairs}
         token = processing_class.eos_token_id
@@ -284,6 +278,14 @@ class PreferenceTrainer(DPOTrainer):
         paired = self.args.loss_type[0] == "aot"
         return aot_slopes(torch.cat(sums[:2]), torch.cat(sums[2:]), self.beta, paired=paired)
 
+    # Forward
+
+    def _prepare_forward(self) -> None:
+        """Find out, once and before the first batch is made, how the model takes pairs. On all ranks."""
+        if self._way is None:
+            self._way = choose_way(self.model_wrapped, causal_model(self.model))
+            self._collate.packed = not self._way.padded
+
     # Reference
 
     def store_references(self) -> None:
@@ -296,6 +298,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def prepare_references(self) -> None:
         """Compute or read the reference of the training and evaluation pairs. On all ranks, before the first step."""
+        if self.ours or self.args.reference == "stored":
+            self._prepare_forward()
         if self.args.reference == "live":
             return
         for name, pairs in self._pairs.items():
@@ -436,24 +440,8 @@ class PreferenceTrainer(DPOTrainer):
         return ahead.slopes.loss + surrogate - surrogate.detach()
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any], hidden: bool = False) -> Completions:
-        """One forward through the wrapped model, with logits from the first completion token on only."""
-        start: int = inputs["completion_start"]
-        targets_NS = inputs["input_ids"][:, start:]
-        mask_NS = inputs["completion_mask"][:, start:]
-        with _last_hidden_state(self.accelerator.unwrap_model(model)) as states:
-            outputs = model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                use_cache=False,
-                logits_to_keep=targets_NS.shape[1] + 1,
-            )
-        logits_NSV = outputs.logits[:, :-1].float()
-        logps_NS = logits_NSV.gather(-1, targets_NS[..., None]).squeeze(-1) - logits_NSV.logsumexp(-1)
-        return Completions(
-            logps=logps_NS.masked_fill(~mask_NS, 0.0),
-            mask=mask_NS,
-            hidden=states[0].detach()[:, start - 1 : -1] if hidden else None,
-        )
+        assert self._way is not None
+        return completions(model, causal_model(self.accelerator.unwrap_model(model)), inputs, self._way, hidden)
 
     def _token_weights(self, policy: Completions) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
         mask_c, mask_r = policy.mask.chunk(2)
@@ -548,22 +536,6 @@ def _check_no_dropout(model: nn.Module) -> None:
                 raise UserError(f"loss.scope: 'global' needs a model without dropout, but {name}.{key} is {value}")
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise UserError(f"loss.scope: 'global' needs a model without dropout, but {name} has {module.p}")
-
-
-@contextmanager
-def _last_hidden_state(model: Any) -> Iterator[list[Tensor]]:
-    """Keeps the last-layer states of the forwards inside.
-
-    By a hook on the decoder: `output_hidden_states` would keep every layer's, and calling the decoder directly would go
-    round the wrapper that gathers and shards its weights.
-    """
-    states: list[Tensor] = []
-    decoder = (model.get_base_model() if is_peft_model(model) else model).base_model
-    handle = decoder.register_forward_hook(lambda _module, _args, output: states.append(output.last_hidden_state))
-    try:
-        yield states
-    finally:
-        handle.remove()
 
 
 def _token_mean(values: Tensor, mask: Tensor) -> Tensor:

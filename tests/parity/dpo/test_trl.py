@@ -23,6 +23,8 @@ tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 
 PAIRS = 8
+BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 5, "beta": 0.1}
+LIMIT = 1e-6
 
 
 class Peer(DPOTrainer):
@@ -36,25 +38,24 @@ class Peer(DPOTrainer):
 
 
 class RecordsGradients:
-    """An optimizer step's gradients, of the first step."""
+    """The gradients of every optimizer step."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.gradients: dict[str, torch.Tensor] = {}
+        self.steps: list[dict[str, torch.Tensor]] = []
 
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if not self.gradients:
-            self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+        self.steps.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
 
 
-def run(trainer: Any) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def run(trainer: Any) -> tuple[list[float], list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
     record = RecordsGradients(trainer.model)
     optimizer.register_step_pre_hook(record)
     trainer.optimizer = optimizer
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    return losses, record.gradients, trainer.model.state_dict()
+    return losses, record.steps, trainer.model.state_dict()
 
 
 @pytest.fixture(autouse=True)
@@ -66,25 +67,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_losses_gradients_and_weights_equal_trls(tmp_path: Path) -> None:
-    """Gradient accumulation included, over five epochs: ten steps of two micro-batches."""
-    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 5}
-    settings = tiny.settings(tmp_path, **batches)
-    model, pairs, tokenizer = tiny.tiny_model(), tiny.random_pairs(PAIRS), tiny.tiny_tokenizer()
-    peer = Peer(
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model = tiny.tiny_model()
+    trainer = Peer(
+        model,
         copy.deepcopy(model),
-        copy.deepcopy(model),
-        DPOConfig(**settings),
-        train_dataset=pairs,
-        processing_class=tokenizer,
+        DPOConfig(**tiny.settings(tmp_path_factory.mktemp("peer"), **BATCHES)),
+        train_dataset=tiny.random_pairs(PAIRS),
+        processing_class=tiny.tiny_tokenizer(),
     )
-    ours = PreferenceTrainer(
-        model, PreferenceArguments(**settings, loss_type=["dpo"]), train_dataset=pairs, processing_class=tokenizer
+    return run(trainer)
+
+
+@pytest.mark.parametrize("ours", [{"loss_type": ["dpo"]}, {"loss_type": ["ot_dpo"], "ot_mix": 0.0}])
+def test_losses_gradients_and_weights_equal_trls(ours: dict[str, Any], peers: Any, tmp_path: Path) -> None:
+    """Gradient accumulation included, over five epochs: ten steps of two micro-batches; TRL pads, we pack."""
+    trainer = PreferenceTrainer(
+        tiny.tiny_model(),
+        PreferenceArguments(**tiny.settings(tmp_path, **BATCHES), **ours),
+        train_dataset=tiny.random_pairs(PAIRS),
+        processing_class=tiny.tiny_tokenizer(),
     )
-    peer_losses, peer_gradients, peer_weights = run(peer)
-    losses, gradients, weights = run(ours)
-    assert len(losses) == 10
-    assert losses == pytest.approx(peer_losses, abs=1e-5)
+    peer_losses, peer_gradients, peer_weights = peers
+    losses, gradients, weights = run(trainer)
+    assert trainer.data_collator.packed
+    assert len(losses) == len(gradients) == 10
+    assert losses == pytest.approx(peer_losses, abs=LIMIT)
     assert losses[0] - losses[-1] > 0.1
-    torch.testing.assert_close(gradients, peer_gradients, rtol=0, atol=1e-5)
-    torch.testing.assert_close(weights, peer_weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients, peer_gradients, rtol=0, atol=LIMIT)
+    torch.testing.assert_close(weights, peer_weights, rtol=0, atol=LIMIT)

@@ -66,16 +66,46 @@ def test_order_is_drawn_per_epoch_and_fillers_come_last() -> None:
         assert order[20:] == [20, 21, 22, 23]
 
 
-def test_collator_by_hand() -> None:
-    pairs = [
-        {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "row": 3, "pair_weight": 1.0},
-        {"prompt_ids": [4], "chosen_ids": [7, 8, 9], "rejected_ids": [9], "row": -1, "pair_weight": 0.0},
-    ]
-    batch = PairCollator(pad_token_id=0)(pairs)
-    assert isinstance(batch["input_ids"], torch.Tensor)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 0], [4, 7, 8, 9], [5, 6, 8, 9], [4, 9, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch["completion_mask"].long().tolist() == [[0, 0, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1], [0, 1, 0, 0]]
-    assert batch["row"].tolist() == [3, -1]
-    assert batch["pair_weight"].tolist() == [1.0, 0.0]
-    assert batch["completion_start"] == 1
+PAIRS = [
+    {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8, 9], "row": 3, "pair_weight": 1.0},
+    {"prompt_ids": [4], "chosen_ids": [7, 8, 9], "rejected_ids": [9], "row": -1, "pair_weight": 0.0},
+]
+
+
+def listed(batch: dict[str, torch.Tensor | int]) -> dict[str, Any]:
+    return {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+
+
+def test_packed_pairs_by_hand() -> None:
+    assert listed(PairCollator(pad_token_id=0, packed=True)(PAIRS)) == {
+        "input_ids": [[5, 6, 7, 4, 7, 8, 9, 5, 6, 8, 9, 4, 9]],
+        "attention_mask": [[1] * 13],
+        "position_ids": [[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1]],
+        "cu_seq_lens_q": [0, 3, 7, 11, 13],
+        "max_length_q": 4,
+        "predictors": [1, 3, 4, 5, 8, 9, 11],
+        "targets": [7, 7, 8, 9, 8, 9, 9],
+        "completion_mask": [[True, False, False], [True] * 3, [True, True, False], [True, False, False]],
+        "pair_weight": [1.0, 0.0],
+        "row": [3, -1],
+        "routed": [[True] * 3 + [False] * 4 + [True] * 4 + [False] * 2],
+    }
+
+
+def test_padded_pairs_by_hand() -> None:
+    """What says of the completions is the same; places are those of the flattened rows."""
+    packed, padded = (listed(PairCollator(pad_token_id=0, packed=packed)(PAIRS)) for packed in (True, False))
+    assert padded["input_ids"] == [[5, 6, 7, 0], [4, 7, 8, 9], [5, 6, 8, 9], [4, 9, 0, 0]]
+    assert padded["attention_mask"] == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert padded["predictors"] == [1, 4, 5, 6, 9, 10, 12]
+    assert padded["routed"] == [[True] * 3 + [False], [False] * 4, [True] * 4, [False] * 4]
+    for name in ("targets", "completion_mask", "pair_weight", "row"):
+        assert padded[name] == packed[name], name
+
+
+def test_an_empty_completion_has_a_row_and_an_empty_prompt_is_refused() -> None:
+    empty = PAIRS[0] | {"rejected_ids": []}
+    batch = listed(PairCollator(pad_token_id=0, packed=True)([empty]))
+    assert (batch["completion_mask"], batch["targets"]) == ([[True], [False]], [7])
+    with pytest.raises(ValueError, match=r"pairs \[3\]: no prompt token"):
+        PairCollator(pad_token_id=0, packed=True)([PAIRS[0] | {"prompt_ids": []}])

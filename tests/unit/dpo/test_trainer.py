@@ -12,10 +12,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import dpo.trainer
 from alignment.config import RouterConfig
 from alignment.errors import UserError
 from dpo.alarm import ALARM_STEPS
 from dpo.data import PairCollator, tokenize_pairs
+from dpo.forward import Way
 from dpo.ot import ot_token_weights
 from dpo.train import ExpertParallelPreferenceTrainer
 from dpo.trainer import PreferenceArguments, PreferenceTrainer
@@ -93,8 +95,10 @@ def test_transport_and_likelihood_of_a_batch_against_plain_forwards(make: Make, 
         for parameter in trainer.model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     trainer.model.train()
-    batch: Any = PairCollator(pad_token_id=0)(pairs.to_list())
+    batch: Any = PairCollator(pad_token_id=0, packed=True)(pairs.to_list())
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(7.0))
+    assert trainer.model.config._attn_implementation == "segments"
+    trainer.model.set_attn_implementation("sdpa")
 
     expected = []
     for pair in pairs.to_list():
@@ -130,6 +134,23 @@ def test_accumulation_with_a_filler_is_the_one_batch_step(make: Make, loss: str,
     assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), abs=1e-5)
     for key in ("pairs", "rewards/margins", "nll"):
         assert logged(parts, key) == pytest.approx(logged(whole, key), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["ernie", "dense"])
+def test_padded_rows_train_as_packed_ones_do(
+    family: str, make: Make, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two epochs of accumulated micro-batches, reference included, the last one with a filler."""
+    model = request.getfixturevalue(family)
+    settings = {"nll_weight": 0.2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    packed = make(copy.deepcopy(model), **settings)
+    weights = trained(packed)
+    monkeypatch.setattr(dpo.trainer, "choose_way", lambda *_: Way(padded="asked for"))
+    padded = make(model, **settings, output_dir=str(tmp_path / "padded"))
+    torch.testing.assert_close(trained(padded), weights, rtol=0, atol=1e-5)
+    assert [trainer.data_collator.packed for trainer in (packed, padded)] == [True, False]
+    for key in ("loss", "rewards/margins", "ot/mass", "kl"):
+        assert logged(padded, key) == pytest.approx(logged(packed, key), abs=1e-5), key
 
 
 def test_no_mix_is_dpo_and_transport_is_not(make: Make) -> None:
