@@ -51,6 +51,8 @@ TRL_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+# How TRL's own path takes pairs: its reference must run as its policy does.
+TRLS_WAY = Way(padded="TRL's losses take padded rows", whole_logits="and whole logits")
 SORTED_LOSSES = ("aot", "aot_unpaired")
 # Settings of TRL's path that ours does not read: refused rather than ignored.
 TRL_ONLY = (
@@ -282,6 +284,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def _prepare_forward(self) -> None:
         """Find out, once and before the first batch is made, how the model takes pairs. On all ranks."""
+        if not self.ours:
+            self._way = TRLS_WAY
         if self._way is None:
             self._way = choose_way(self.model_wrapped, causal_model(self.model))
             self._collate.packed = not self._way.padded
