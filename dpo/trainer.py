@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
@@ -30,12 +30,14 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from alignment.errors import UserError, did_you_mean
+from dpo.config import TransportConfig
 from dpo.data import COLUMNS, PairCollator, ShuffledFillersLast, fill, filler_pair
 from dpo.loss import chosen_nll, weighted_dpo_loss
-from dpo.ot import CostNorm, ot_token_weights
+from dpo.ot import CostNorm, Metric, PairError, Total
 from dpo.reference import ReferenceLogps
+from dpo.weights import TokenWeights, WeightedLoss, token_weights
 
-WEIGHTED_LOSSES = ("ot_dpo", "dpo")
+WEIGHTED_LOSSES: tuple[str, ...] = get_args(WeightedLoss)
 TRL_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -51,14 +53,16 @@ COUNTERS = ("pairs", "ot/fallbacks", "ot/empty")
 
 @dataclass
 class PreferenceArguments(DPOConfig):
-    """TRL's DPOConfig with our losses. `loss_type` is one of `ot_dpo`, `dpo`, or any of TRL's."""
+    """TRL's DPOConfig with our losses. `loss_type` is one of WEIGHTED_LOSSES, or any of TRL's."""
 
     loss_type: list[str] = field(default_factory=lambda: ["ot_dpo"])
     max_length: int | None = None  # no cutting: overlong pairs are dropped where they are tokenized
     ot_reg: float = 1.0
     ot_reg_m: float = 0.2
-    ot_mix: float = 1.0
+    ot_metric: Metric = "euclidean"
     ot_cost_norm: CostNorm = "max"
+    ot_total: Total = "min"
+    ot_mix: float = 1.0
     nll_weight: float = 0.0  # of the chosen completion's likelihood, per token
 
     def __post_init__(self) -> None:
@@ -90,6 +94,17 @@ class PreferenceArguments(DPOConfig):
     @property
     def transport(self) -> bool:
         return self.loss_type[0] == "ot_dpo" and self.ot_mix > 0
+
+    @property
+    def transport_config(self) -> TransportConfig:
+        return TransportConfig(
+            reg=self.ot_reg,
+            reg_m=self.ot_reg_m,
+            metric=self.ot_metric,
+            cost_norm=self.ot_cost_norm,
+            total=self.ot_total,
+            mix=self.ot_mix,
+        )
 
 
 def _default(option: "dataclasses.Field[Any]") -> Any:
@@ -263,7 +278,7 @@ class PreferenceTrainer(DPOTrainer):
         policy_c, policy_r = policy.logps.chunk(2)
         reference_c, reference_r = reference.chunk(2)
         mask_c, mask_r = policy.mask.chunk(2)
-        w_c, w_r, transport = self._token_weights(policy)
+        w_c, w_r, transport = self._token_weights(policy, inputs["row"])
         pairs = weighted_dpo_loss(policy_c, policy_r, reference_c, reference_r, w_c, w_r, self.beta)
         nll = chosen_nll(policy_c, mask_c)
         objective = pairs.losses + self.args.nll_weight * nll
@@ -309,22 +324,16 @@ class PreferenceTrainer(DPOTrainer):
             hidden=states[0].detach()[:, start - 1 : -1] if hidden else None,
         )
 
-    def _token_weights(self, policy: Completions) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
-        mask_c, mask_r = policy.mask.chunk(2)
-        if policy.hidden is None:
-            return mask_c.float(), mask_r.float(), {}
-        hidden_c, hidden_r = policy.hidden.chunk(2)
-        w_c, w_r, stats = ot_token_weights(
-            hidden_c,
-            hidden_r,
-            mask_c,
-            mask_r,
-            reg=self.args.ot_reg,
-            reg_m=self.args.ot_reg_m,
-            mix=self.args.ot_mix,
-            cost_norm=self.args.ot_cost_norm,
-        )
-        return w_c, w_r, vars(stats)
+    def _token_weights(self, policy: Completions, row: Tensor) -> TokenWeights:
+        """`row` [B]: the pairs' places in their set, to name the one that has no weights."""
+        loss = cast(WeightedLoss, self.args.loss_type[0])
+        try:
+            return token_weights(loss, policy.mask, policy.hidden, self.args.transport_config)
+        except PairError as error:
+            pairs = self._pairs["train" if self.model.training else "eval"]
+            assert pairs is not None
+            place = int(row[error.pair])
+            raise UserError(f"row {pairs[place].get('id', place)}: {error.reason}") from None
 
     # Metrics: summed here, reduced over the ranks once a log line
 
