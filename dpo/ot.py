@@ -225,9 +225,10 @@ def pairwise_cost(
 
 def _square_distances(chosen: Tensor, rejected: Tensor, cells: Tensor | None) -> Tensor:
     if cells is None:
-        cells = torch.ones(*chosen.shape[:-1], rejected.shape[-2], dtype=torch.bool, device=chosen.device)
-    tokens = cells.any(-1).sum(-1) + cells.any(-2).sum(-1)
-    centre = ((chosen.sum(-2) + rejected.sum(-2)) / tokens[..., None])[..., None, :]
+        centre = torch.cat([chosen, rejected], -2).mean(-2, keepdim=True)
+    else:
+        tokens = cells.any(-1).sum(-1, keepdim=True) + cells.any(-2).sum(-1, keepdim=True)
+        centre = ((chosen.sum(-2) + rejected.sum(-2)) / tokens)[..., None, :]
     chosen, rejected = chosen - centre, rejected - centre
     squares_c, squares_r = chosen.square().sum(-1)[..., None], rejected.square().sum(-1)[..., None, :]
     squares = (chosen @ rejected.mT).mul_(-2).add_(squares_c).add_(squares_r)
