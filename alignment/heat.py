@@ -78,7 +78,7 @@ class WeighedPair:
     def legend(self) -> str:
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in self.stats.items())
         low, high = max(0.0, 1 - self.reach()), 1 + self.reach()
-        return f"lightest {low:.2f}, darkest {high:.2f} of an even weight; {numbers}"
+        return f"shades for {low:.2f}, 1 and {high:.2f} of an even weight; {numbers}"
 
 
 def _side(row: dict[str, Any]) -> Side:
@@ -94,7 +94,8 @@ def show(pairs: Sequence[WeighedPair], console: Console) -> None:
             console.print(Text.assemble((name, "bold"), f": {side.about()}"))
             console.print(shaded(side.texts, pair.shades(side)), soft_wrap=True)
             console.print(Text(side.extremes(), "dim"), soft_wrap=True)
-        console.print(Text.assemble(shaded([" low ", " even ", " high "], [0, 0.5, 1]), f" {pair.legend()}\n"))
+        key = shaded([" low ", " even ", " high "], [0, 0.5, 1])
+        console.print(Text.assemble(key, f" {pair.legend()}\n"), soft_wrap=True)
 
 
 def shaded(texts: Sequence[str], shades: Sequence[float]) -> Text:

@@ -7,13 +7,14 @@ The weights depend on the model, so those of a training run move; `dpo.train` wr
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from datasets import Dataset
 from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
@@ -29,6 +30,8 @@ from dpo.config import TransportConfig
 from dpo.data import tokenize_pairs
 from dpo.ot import PairError
 from dpo.weights import TokenWeights, token_weights
+
+Weigh = Callable[[Sequence[dict[str, Any]]], tuple[Tensor, TokenWeights]]
 
 FILE = "token_weights.jsonl"
 EXAMPLES = 6
@@ -81,10 +84,11 @@ def weighed(
     for place, pair in enumerate(pairs):
         chosen = _side(tokenizer, pair["chosen_ids"], weights.chosen[place][mask_c[place]].tolist())
         rejected = _side(tokenizer, pair["rejected_ids"], weights.rejected[place][mask_r[place]].tolist())
-        stats = {name: float(value[place]) for name, value in weights.stats.items() if isinstance(value, Tensor)}
-        tau = float(min(len(pair["chosen_ids"]), len(pair["rejected_ids"])))
+        stats = {"tau": float(min(len(pair["chosen_ids"]), len(pair["rejected_ids"])))}
+        of_pairs = {name: value for name, value in weights.stats.items() if isinstance(value, Tensor)}
+        stats |= {name: round(float(of_pairs[name][place]), DIGITS) for name in ("mass", "spread") if name in of_pairs}
         prompt = str(tokenizer.decode(pair["prompt_ids"], skip_special_tokens=True)).strip()
-        yield WeighedPair(str(pair.get("id", place)), prompt, chosen, rejected, {"tau": tau} | stats)
+        yield WeighedPair(str(pair.get("id", place)), prompt, chosen, rejected, stats)
 
 
 def _side(tokenizer: PreTrainedTokenizerBase, ids: list[int], weights: list[float]) -> Side:
@@ -96,6 +100,13 @@ def _side(tokenizer: PreTrainedTokenizerBase, ids: list[int], weights: list[floa
         side.weights.append(round(sum(weights[start : start + size]) / size, DIGITS))
         start += size
     return side
+
+
+def examples(weigh: Weigh, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> list[WeighedPair]:
+    """A few of the tokenized pairs, from all of the set; `weigh` gives the mask and the weights of a batch of them."""
+    some = [pairs[row] for row in range(0, len(pairs), max(1, len(pairs) // EXAMPLES))][:EXAMPLES]
+    batches = [some[start : start + batch_size] for start in range(0, len(some), batch_size)]
+    return [pair for batch in batches for pair in weighed(batch, *weigh(batch), tokenizer)]
 
 
 def write(folder: Path, pairs: Iterable[WeighedPair]) -> None:

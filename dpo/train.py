@@ -2,7 +2,8 @@
 
     accelerate launch --config_file configs/accelerate/cpu-ep2.yaml -m dpo.train --config configs/dpo/offline.yaml
 
-Writes `output_dir/model` (a transformers folder) and `ledger.json`.
+Writes `output_dir/model` (a transformers folder), `ledger.json` and, for OT-DPO, `token_weights.jsonl`: a few pairs
+with the weights of their tokens under the trained policy.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from alignment.fingerprint import weights_hash
 from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs, read_rows
+from dpo import inspect_pairs
 from dpo.config import DPOConfig, LossConfig
 from dpo.data import tokenize_pairs
 from dpo.trainer import TRL_LOSSES, WEIGHTED_LOSSES, PreferenceArguments, PreferenceTrainer
@@ -51,6 +53,10 @@ def run(config: DPOConfig) -> None:
         )
         metrics = training.train(trainer, this)
         trainer.save_model(str(this.dir / "model"))
+        if trainer.args.transport:
+            examples = inspect_pairs.examples(trainer.weigh, pairs, tokenizer, config.batch_size)
+            if this.is_main:
+                inspect_pairs.write(this.dir, examples)
         if this.is_main:
             ledger.write(this.dir / "ledger.json")
         this.finish(metrics | {"pairs": len(pairs)})

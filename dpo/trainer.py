@@ -13,7 +13,7 @@ Suffixes: B pairs, N = 2B rows [chosen; rejected], T columns, S columns from the
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -334,6 +334,18 @@ class PreferenceTrainer(DPOTrainer):
             assert pairs is not None
             place = int(row[error.pair])
             raise UserError(f"row {pairs[place].get('id', place)}: {error.reason}") from None
+
+    def weigh(self, pairs: Sequence[dict[str, Any]]) -> tuple[Tensor, TokenWeights]:
+        """The completion mask [N, S] of a few tokenized pairs, and their weights under the present policy.
+
+        On all ranks, with the same pairs.
+        """
+        inputs = self._prepare_inputs(self.data_collator(list(pairs)))
+        self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            policy = self._forward(self.model_wrapped, inputs, hidden=self.args.transport)
+        loss = cast(WeightedLoss, self.args.loss_type[0])
+        return policy.mask, token_weights(loss, policy.mask, policy.hidden, self.args.transport_config)
 
     # Metrics: summed here, reduced over the ranks once a log line
 
