@@ -18,7 +18,7 @@ Metric = Literal["euclidean", "sqeuclidean", "cosine"]
 CostNorm = Literal["max", "none", "reference"]
 Total = Literal["min", "own", "none"]
 
-BATCH_CELLS = 2**25  # token pairs that are in memory at once on a GPU, of 8 bytes each
+BATCH_CELLS = 2**24  # token pairs that are in memory at once on a GPU, of 8 bytes each
 ROUNDING = (
     1e-12  # of costs between equal states, in relation to the states: to be 0, not to be divided by their largest
 )

@@ -26,7 +26,6 @@ LOG_ITERATIONS = 10_000
 SWEEPS_BETWEEN_CHECKS = 8  # a check waits for the device
 # exp(-x) loses digits to denormals from here on
 LARGEST_EXPONENT = 650.0
-LEAST_MASS = np.finfo(np.float64).tiny
 
 
 class Plan(NamedTuple):
@@ -93,7 +92,7 @@ def _knopp_plan(cost: Array, reg: float, reg_m: float) -> Array | None:
             )
     except Warning:
         return None
-    converged = log["err"][-1] < TOLERANCE and plan.sum() > LEAST_MASS
+    converged = log["err"][-1] < TOLERANCE and plan.sum() > 0
     return plan if converged else None
 
 
