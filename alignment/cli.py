@@ -18,7 +18,8 @@ app = typer.Typer(
 )
 inspect = typer.Typer(
     no_args_is_help=True,
-    help="Look at a model without its weights, at rows as training sees them, or at stored samples.",
+    help="Look at a model without its weights, at rows as training sees them, at preference pairs with the weights of "
+    "their tokens, or at stored samples.",
 )
 app.add_typer(inspect, name="inspect")
 
@@ -83,6 +84,22 @@ def inspect_rows(
 
         loaded = models.load_tokenizer(ModelConfig(path=tokenizer)) if tokenizer else None
         rows.show(rows.inspect_rows(file, loaded, count), Console())
+
+    _end(command)
+
+
+@inspect.command(
+    "pairs", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def inspect_pairs(context: typer.Context) -> None:
+    """Preference pairs with the weight of each token under a model: ROWS --model FOLDER --count 3 --reg 0.1."""
+
+    def command() -> None:
+        from alignment import job, launch
+
+        code = launch.run_command(["python", "-m", "dpo.inspect_pairs", *context.args])
+        if code:
+            raise job.RankFailed(code)
 
     _end(command)
 

@@ -156,21 +156,29 @@ class TokenView(CharacterView):
             yield "an assistant turn whose stop token is not trained"
 
     def pieces(self) -> list[Piece]:
-        """The tokens' texts. Tokens that hold parts of one character are shown as one piece."""
+        """The tokens' texts, each as trained as its last token is."""
+        ids, trained = self.rendered.input_ids, self.rendered.assistant_mask
         pieces: list[Piece] = []
-        before: list[int] = []
-        held: list[int] = []
-        for token, trained in _tokens(self.rendered):
-            held.append(token)
-            # Some tokenizers drop a leading space, so a piece is what it adds to the one before it.
-            text = self._decode(before + held)[len(self._decode(before)) :]
-            if not text.endswith(REPLACEMENT) or len(held) == LONGEST_CHARACTER:
-                pieces.append(Piece(text, trained))
-                before, held = held, []
-        return pieces + ([Piece(REPLACEMENT, trained)] if held else [])
+        end = 0
+        for text, length in text_pieces(self.tokenizer, ids):
+            end += length
+            pieces.append(Piece(text, trained[end - 1]))
+        return pieces
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids))
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """The text of each token, and 1; tokens that hold parts of one character are one piece, and their number."""
+    before: list[int] = []
+    held: list[int] = []
+    for token in ids:
+        held.append(token)
+        # Some tokenizers drop a leading space, so a piece is what it adds to the one before it.
+        text = str(tokenizer.decode(before + held))[len(str(tokenizer.decode(before))) :]
+        if not text.endswith(REPLACEMENT) or len(held) == LONGEST_CHARACTER:
+            yield text, len(held)
+            before, held = held, []
+    if held:
+        yield REPLACEMENT, len(held)
 
 
 def _tokens(rendered: chat.Rendered) -> Iterator[tuple[int, bool]]:

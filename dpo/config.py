@@ -14,14 +14,26 @@ class TransportConfig(Config):
 
     reg: float = Field(1.0, gt=0, description="entropic regularisation")
     reg_m: float = Field(0.2, gt=0, description="penalty on mass that is not transported")
+    metric: Literal["euclidean", "sqeuclidean", "cosine"] = Field("euclidean", description="cost between two states")
+    cost_norm: Literal["max", "none", "reference"] = Field(
+        "max", description="what a pair's costs are divided by; reference: as the published code does"
+    )
+    total: Literal["min", "own", "none"] = Field(
+        "min", description="sum of a side's weights: the shorter length, its own length (DPO's), or the plan's own mass"
+    )
     mix: float = Field(1.0, ge=0, le=1, description="0: weights of one (plain DPO), 1: transport's weights")
-    cost_norm: Literal["max", "none"] = Field("max", description="what a pair's distances are divided by")
+
+    @model_validator(mode="after")
+    def _reference_is_euclidean(self) -> Self:
+        if self.cost_norm == "reference" and self.metric != "euclidean":
+            raise ValueError(f"cost_norm: reference is defined for metric euclidean, not {self.metric}")
+        return self
 
 
 class LossConfig(Config):
     """The preference loss."""
 
-    type: str = Field("ot_dpo", description="ot_dpo, dpo, or a loss of TRL's DPOTrainer")
+    type: str = Field("ot_dpo", description="ot_dpo, dpo, dpo_uniform, dpo_norm, or a loss of TRL's DPOTrainer")
     beta: float = Field(0.1, gt=0)
     nll_weight: float = Field(0.0, ge=0, description="weight of the chosen answers' negative log-likelihood")
     transport: TransportConfig = TransportConfig()

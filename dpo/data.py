@@ -1,6 +1,7 @@
 """Preference rows as token ids, and batches of them.
 
-A tokenized pair has `prompt_ids`, `chosen_ids`, `rejected_ids`, its place `row` in the set, and `pair_weight`, 1.
+A tokenized pair has `prompt_ids`, `chosen_ids`, `rejected_ids`, the row's `id` (its number where it has none), its
+place `row` in the set, and `pair_weight`, 1.
 Fillers (`row` -1, `pair_weight` 0) complete the last global batch, so that every rank runs the same number of forwards
 and no pair is repeated or dropped.
 """
@@ -51,6 +52,7 @@ def tokenize_pairs(
                 "prompt_ids": prompt_ids,
                 "chosen_ids": sides[0],
                 "rejected_ids": sides[1],
+                "id": str(row.get("id", ledger.rows_in)),
                 "row": ledger.rows_out,
                 "pair_weight": 1.0,
             }
@@ -80,7 +82,8 @@ def fill(pairs: Dataset, multiple: int, token_id: int) -> Dataset:
     missing = -len(pairs) % multiple
     if missing == 0:
         return pairs
-    fillers = Dataset.from_list([filler_pair(token_id)] * missing, features=pairs.features)
+    filler = {"id": None} | filler_pair(token_id)
+    fillers = Dataset.from_list([{name: filler[name] for name in pairs.features}] * missing, features=pairs.features)
     return concatenate_datasets([pairs, fillers])
 
 

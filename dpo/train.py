@@ -6,6 +6,8 @@
 Writes `output_dir/model` (a transformers folder) and `ledger.json`; with a section `lora` also `adapter` (a peft
 folder), and `model` is the base with the adapter merged into it; with `evaluation` rows also `eval_ledger.json` and
 `eval.` metrics of the model before the first step and after the last.
+
+OT-DPO also writes `token_weights.jsonl`: a few pairs with the weights of their tokens under the trained policy.
 """
 
 import gc
@@ -29,6 +31,7 @@ from alignment.moe.memory import frozen_bytes, launched_sharding
 from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs, read_rows
+from dpo import inspect_pairs
 from dpo.config import DPOConfig, LossConfig
 from dpo.data import tokenize_pairs
 from dpo.held_out import figures, untrained_pairs
@@ -82,6 +85,10 @@ def run(config: DPOConfig) -> None:
         if measured is not None:
             trainer.evaluate()
         training.save(trainer, this, config.model, config.lora)
+        if trainer.args.transport:
+            examples = inspect_pairs.examples(trainer.weigh, pairs, tokenizer, config.batch_size)
+            if this.is_main:
+                inspect_pairs.write(this.dir, examples)
         if this.is_main:
             ledger.write(this.dir / "ledger.json")
         if this.is_main and measured is not None:
@@ -152,8 +159,10 @@ def arguments(this: job.Job, config: DPOConfig) -> PreferenceArguments:
         beta=loss.beta,
         ot_reg=loss.transport.reg,
         ot_reg_m=loss.transport.reg_m,
-        ot_mix=loss.transport.mix,
+        ot_metric=loss.transport.metric,
         ot_cost_norm=loss.transport.cost_norm,
+        ot_total=loss.transport.total,
+        ot_mix=loss.transport.mix,
         reference=config.reference.kind,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,

@@ -18,11 +18,11 @@ Suffixes: B pairs, N = 2B rows [chosen; rejected], S columns of completions, D m
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
@@ -38,15 +38,17 @@ from trl.trainer.utils import use_adapter
 
 from alignment.errors import UserError, did_you_mean
 from dpo.alarm import ALARM_MARGIN, ALARM_STEPS, both_fall
+from dpo.config import TransportConfig
 from dpo.data import COLUMNS, PairCollator, ShuffledFillersLast, fill, filler_pair
 from dpo.forward import Completions, Way, causal_model, choose_way, completions
 from dpo.loss import Slopes, aot_slopes, chosen_nll, weighted_dpo_loss
-from dpo.ot import CostNorm, ot_token_weights
+from dpo.ot import CostNorm, Metric, PairError, Total
 from dpo.reference import ReferenceLogps
+from dpo.weights import TokenWeights, WeightedLoss, token_weights
 
 logger = logging.getLogger(__name__)
 
-WEIGHTED_LOSSES = ("ot_dpo", "dpo")
+WEIGHTED_LOSSES: tuple[str, ...] = get_args(WeightedLoss)
 TRL_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
@@ -71,8 +73,10 @@ class PreferenceArguments(DPOConfig):
     max_length: int | None = None  # no cutting: overlong pairs are dropped where they are tokenized
     ot_reg: float = 1.0
     ot_reg_m: float = 0.2
-    ot_mix: float = 1.0
+    ot_metric: Metric = "euclidean"
     ot_cost_norm: CostNorm = "max"
+    ot_total: Total = "min"
+    ot_mix: float = 1.0
     nll_weight: float = 0.0  # of the chosen completion's likelihood, per token
     loss_scope: Literal["micro", "global"] = "micro"  # what SORTED_LOSSES sort: TRL's, or all pairs of the step
     reference: Literal["stored", "live"] = "stored"  # a file of per-token values, or a forward at every step
@@ -119,6 +123,17 @@ class PreferenceArguments(DPOConfig):
     @property
     def transport(self) -> bool:
         return self.loss_type[0] == "ot_dpo" and self.ot_mix > 0
+
+    @property
+    def transport_config(self) -> TransportConfig:
+        return TransportConfig(
+            reg=self.ot_reg,
+            reg_m=self.ot_reg_m,
+            metric=self.ot_metric,
+            cost_norm=self.ot_cost_norm,
+            total=self.ot_total,
+            mix=self.ot_mix,
+        )
 
 
 def _default(option: "dataclasses.Field[Any]") -> Any:
@@ -393,7 +408,7 @@ class PreferenceTrainer(DPOTrainer):
         reference_c, reference_r = reference.chunk(2)
         mask_c, mask_r = policy.mask.chunk(2)
         if self.args.weighted:
-            w_c, w_r, transport = self._token_weights(policy)
+            w_c, w_r, transport = self._token_weights(policy, inputs["row"])
         else:
             w_c, w_r, transport = mask_c.float(), mask_r.float(), {}
         pairs = weighted_dpo_loss(policy_c, policy_r, reference_c, reference_r, w_c, w_r, self.beta)
@@ -447,22 +462,28 @@ class PreferenceTrainer(DPOTrainer):
         assert self._way is not None
         return completions(model, causal_model(self.accelerator.unwrap_model(model)), inputs, self._way, hidden)
 
-    def _token_weights(self, policy: Completions) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
-        mask_c, mask_r = policy.mask.chunk(2)
-        if policy.hidden is None:
-            return mask_c.float(), mask_r.float(), {}
-        hidden_c, hidden_r = policy.hidden.chunk(2)
-        w_c, w_r, stats = ot_token_weights(
-            hidden_c,
-            hidden_r,
-            mask_c,
-            mask_r,
-            reg=self.args.ot_reg,
-            reg_m=self.args.ot_reg_m,
-            mix=self.args.ot_mix,
-            cost_norm=self.args.ot_cost_norm,
-        )
-        return w_c, w_r, vars(stats)
+    def _token_weights(self, policy: Completions, row: Tensor) -> TokenWeights:
+        """`row` [B]: the pairs' places in their set, to name the one that has no weights."""
+        loss = cast(WeightedLoss, self.args.loss_type[0])
+        try:
+            return token_weights(loss, policy.mask, policy.hidden, self.args.transport_config)
+        except PairError as error:
+            pairs = self._pairs["train" if self.model.training else "eval"]
+            assert pairs is not None
+            place = int(row[error.pair])
+            raise UserError(f"row {pairs[place].get('id', place)}: {error.reason}") from None
+
+    def weigh(self, pairs: Sequence[dict[str, Any]]) -> tuple[Tensor, TokenWeights]:
+        """The completion mask [N, S] of a few tokenized pairs, and their weights under the present policy.
+
+        On all ranks, with the same pairs.
+        """
+        inputs = self._prepare_inputs(self.data_collator(list(pairs)))
+        self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            policy = self._forward(self.model_wrapped, inputs, hidden=self.args.transport)
+        loss = cast(WeightedLoss, self.args.loss_type[0])
+        return policy.mask, token_weights(loss, policy.mask, policy.hidden, self.args.transport_config)
 
     # Metrics: summed here, reduced over the ranks once a log line
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from alignment import atomic
-from alignment.report import accuracy, cover, headline, pairs, ranking, record, routing, sources, training
+from alignment.report import accuracy, cover, headline, pairs, ranking, record, routing, sources, training, weights
 from alignment.report.collect import collect
 from alignment.report.headline import Row
 from alignment.report.page import Page, render
@@ -41,6 +41,7 @@ def build(pipeline: Path, overrides: Sequence[str] = ()) -> Path:
             *pairs.sections(collected),
             *ranking.sections(collected),
             *training.sections(collected),
+            *weights.sections(collected),
             *routing.sections(collected),
             *record.sections(collected, found),
         ],

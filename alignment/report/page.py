@@ -107,7 +107,28 @@ class Comparison:
     block: str = "comparison"
 
 
-Block = Figure | Table | Note | Heading | Commands | Comparison
+@dataclass(frozen=True)
+class Shaded:
+    """A completion as pieces of text with a shade from 0 to 1 each."""
+
+    name: str
+    about: str
+    pieces: Sequence[tuple[str, float]]
+    words: str
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """One prompt and two completions, their tokens shaded by weight."""
+
+    title: str
+    prompt: str
+    sides: Sequence[Shaded]
+    legend: str
+    block: str = "heat"
+
+
+Block = Figure | Table | Note | Heading | Commands | Comparison | HeatMap
 
 
 @dataclass(frozen=True)

@@ -189,8 +189,8 @@ def _caption(runs: Sequence[tuple[str, Run]]) -> str:
     if not any(run.curve("ot/spread") for _, run in runs):
         return steps.strip()
     if not fallbacks:
-        return steps + "Every pair's transport was solved; none fell back to even weights."
-    return steps + f"{fallbacks:,.0f} pairs' transport was not solved and fell back to even weights."
+        return steps + "Every pair's transport was solved at the first attempt."
+    return steps + f"{fallbacks:,.0f} pairs' transport was not solved by POT, and was in the log domain."
 
 
 def _alarm(runs: Sequence[tuple[str, Run]]) -> str:

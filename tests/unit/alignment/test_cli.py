@@ -40,6 +40,11 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
     assert "Usage: alignment" in capsys.readouterr().err
 
 
+def test_inspect_pairs_is_a_command_of_another_package(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "pairs", "missing.jsonl", "--model", "./missing", "--count", "1"]) == 2
+    assert capfd.readouterr().err == "error: ./missing: no such tokenizer folder\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

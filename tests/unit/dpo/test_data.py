@@ -50,7 +50,7 @@ def test_fill_completes_the_global_batch_with_weightless_pairs(
     filled = fill(pairs, 4, token_id=2)
     assert len(filled) == 8
     assert filled["pair_weight"] == [1.0] * 7 + [0.0]
-    assert filled[7] == filler_pair(2)
+    assert filled[7] == filler_pair(2) | {"id": None}
     assert fill(filled, 4, token_id=2) is filled
 
 

@@ -1,106 +1,18 @@
-"""Transport weights against an independent solver's numbers, a second solver of POT, and their invariants."""
+"""Token weights: their invariants, hostile pairs, and the published code, in float64."""
 
 import math
-import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
-from ot.unbalanced import mm_unbalanced, sinkhorn_unbalanced
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from alignment.errors import UserError
-from dpo.ot import _log_domain_plan, ot_token_weights, pairwise_cost, transport_plan
-
-COST = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 0.5]])
-
-
-def weights_of(plan: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scale = min(plan.shape) / plan.sum()
-    return plan.sum(1) * scale, plan.sum(0) * scale
-
-
-@pytest.mark.parametrize(
-    ("reg", "w_chosen", "w_rejected"),
-    [
-        (1.0, [0.94384623, 1.05615377], [0.72987668, 0.72358419, 0.54653913]),
-        (0.1, [0.94884587, 1.05115413], [0.94745704, 0.88494256, 0.16760040]),
-    ],
-)
-def test_oracle_of_an_independent_primal_solver(reg: float, w_chosen: list[float], w_rejected: list[float]) -> None:
-    plan, fell_back = transport_plan(COST, reg, 0.2)
-    assert not fell_back
-    for ours, oracle in zip(weights_of(plan), (w_chosen, w_rejected), strict=True):
-        np.testing.assert_allclose(ours, oracle, rtol=0, atol=1e-8)
-
-
-def test_constant_cost_has_a_closed_form() -> None:
-    """exp(-(.7 + .2 ln 15) / (.1 + .4)) = exp(-(.7 + .541610) / .5) = exp(-2.483220) = .083474."""
-    plan, _ = transport_plan(np.full((3, 5), 0.7), 0.1, 0.2)
-    np.testing.assert_allclose(plan, 0.08347399936709282, rtol=0, atol=1e-10)
-
-
-def test_one_token_against_one_has_a_closed_form() -> None:
-    """exp(-.9 / (.3 + 2 * .2)) = exp(-1.285714) = .276453."""
-    plan, _ = transport_plan(np.array([[0.9]]), 0.3, 0.2)
-    assert plan.item() == pytest.approx(math.exp(-0.9 / 0.7), abs=1e-10)
-
-
-def test_free_marginals_leave_the_kernel_and_much_entropy_leaves_uniform_weights() -> None:
-    plan, _ = transport_plan(COST, 0.5, 1e-12)
-    np.testing.assert_allclose(plan, np.exp(-COST / 0.5), rtol=0, atol=1e-10)
-    w_chosen, w_rejected = weights_of(transport_plan(COST, 1e8, 0.2)[0])
-    np.testing.assert_allclose(w_chosen, 2 / 2, atol=1e-7)
-    np.testing.assert_allclose(w_rejected, 2 / 3, atol=1e-7)
-
-
-@pytest.mark.parametrize(("reg", "reg_m"), [(1.0, 0.2), (0.1, 0.2), (0.05, 1.0)])
-def test_second_oracle_majorisation_minimisation(reg: float, reg_m: float) -> None:
-    rng = np.random.default_rng(3)
-    cost = rng.random((5, 8))
-    n, m = cost.shape
-    oracle = mm_unbalanced(
-        np.ones(n), np.ones(m), cost, reg_m, c=np.ones((n, m)), reg=reg, numItermax=100_000, stopThr=1e-15
-    )
-    np.testing.assert_allclose(transport_plan(cost, reg, reg_m)[0], oracle, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(("reg", "reg_m"), [(1.0, 0.2), (0.1, 0.2), (0.02, 0.2), (0.05, 2.0)])
-def test_log_domain_agrees_with_pot(reg: float, reg_m: float) -> None:
-    cost = np.random.default_rng(4).random((7, 4))
-    plan, fell_back = transport_plan(cost, reg, reg_m)
-    log_plan = _log_domain_plan(cost, reg, reg_m)
-    assert not fell_back
-    assert log_plan is not None
-    np.testing.assert_allclose(log_plan, plan, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize(("reg", "reg_m"), [(0.01, 10.0), (0.0005, 0.2)])
-def test_fallback_solves_what_sinkhorn_does_not(reg: float, reg_m: float) -> None:
-    """The optimum satisfies G = exp(-M/reg) * (G1)^(-reg_m/reg) * (G'1)^(-reg_m/reg) for unit masses."""
-    plan, fell_back = transport_plan(COST, reg, reg_m)
-    assert fell_back
-    log_rows, log_columns = np.log(plan.sum(1, keepdims=True)), np.log(plan.sum(0, keepdims=True))
-    stationary = np.exp((-COST - reg_m * (log_rows + log_columns)) / reg)
-    np.testing.assert_allclose(plan, stationary, rtol=1e-6, atol=1e-12)
-
-
-def test_vanishing_mass_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match="raise reg, or normalise the cost"):
-        transport_plan(np.full((2, 2), 1e4), 0.1, 0.2)
-
-
-def test_zero_mass_padding_of_current_pot_is_another_plan() -> None:
-    """What the published code does under POT >= 0.9.5: pads with zero mass and leaves reg_type at its default."""
-    padded = np.pad(COST, ((0, 0), (0, 2)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plan = sinkhorn_unbalanced(np.ones(2), np.array([1.0, 1, 1, 0, 0]), padded, 1.0, 0.2)
-    assert np.abs(plan[:, :3] - transport_plan(COST, 1.0, 0.2)[0]).max() > 0.1
-
-
-# The batched function
+from dpo import ot, transport
+from dpo.config import TransportConfig
+from dpo.loss import weighted_dpo_loss
+from dpo.ot import CostNorm, Metric, PairError, Total, batched_shares, ot_token_weights, pairwise_cost
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
@@ -115,32 +27,104 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+def batched(*states: Tensor, **given: Any) -> Any:
+    """`ot_token_weights` by the path of GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ot, "_one_by_one", batched_shares)
+        return ot_token_weights(*states, **given)
+
+
+Weigh = Callable[..., Any]
+PATHS = pytest.mark.parametrize("weigh", [ot_token_weights, batched], ids=["pot", "batched"])
+
+
 def assert_same(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-7)
-    torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-7)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=1e-10)
 
 
-def test_totals_are_tau_and_padding_is_exactly_zero() -> None:
+@pytest.mark.parametrize("metric", get_args(Metric))
+@pytest.mark.parametrize("cost_norm", get_args(CostNorm))
+@pytest.mark.parametrize("total", get_args(Total))
+def test_the_batched_path_agrees_with_pot(metric: Metric, cost_norm: CostNorm, total: Total) -> None:
+    data, options = batch(), {"reg": 0.3, "metric": metric, "cost_norm": cost_norm, "total": total}
+    if cost_norm == "reference" and metric != "euclidean":
+        with pytest.raises(ValueError, match="reference is defined for metric euclidean"):
+            TransportConfig.model_validate(options)
+        return
+    ours, theirs = batched(**data, **options), ot_token_weights(**data, **options)
+    assert_same(ours, theirs)
+    for name, value in vars(theirs[2]).items():
+        torch.testing.assert_close(getattr(ours[2], name), value, rtol=0, atol=1e-10)
+
+
+def test_the_batched_path_takes_what_does_not_fit_at_once_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = batched(**batch())
+    monkeypatch.setattr(ot, "BATCH_CELLS", 2 * 6 * 7)
+    assert_same(batched(**batch()), whole)
+
+
+def test_the_batched_path_solves_what_needs_the_fallback() -> None:
+    ours, theirs = (weigh(**batch(), reg=0.002) for weigh in (batched, ot_token_weights))
+    assert theirs[2].fallbacks > 0
+    assert_same(ours, theirs)
+
+
+@PATHS
+def test_totals_are_tau_and_padding_is_exactly_zero(weigh: Weigh) -> None:
     data = batch()
-    w_chosen, w_rejected, stats = ot_token_weights(**data, reg=0.1)
-    tau = torch.tensor([4.0, 3.0, 1.0])
-    torch.testing.assert_close(w_chosen.sum(1), tau)
-    torch.testing.assert_close(w_rejected.sum(1), tau)
+    w_chosen, w_rejected, stats = weigh(**data, reg=0.1)
+    tau = torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(w_chosen.sum(1), tau, rtol=0, atol=1e-10)
+    torch.testing.assert_close(w_rejected.sum(1), tau, rtol=0, atol=1e-10)
     assert (w_chosen >= 0).all()
     assert (w_rejected >= 0).all()
     assert (w_chosen[~data["mask_chosen"]] == 0).all()
     assert (w_rejected[~data["mask_rejected"]] == 0).all()
     assert stats.fallbacks == stats.empty == 0
     assert (stats.spread > 0.01).all()
+    assert (stats.unchanged == 0).all()
+
+
+def test_other_totals_scale_each_side() -> None:
+    data = batch()
+    ours = ot_token_weights(**data, reg=0.1)
+    n, m, tau = torch.tensor([[6.0], [3], [1]]), torch.tensor([[4.0], [7], [5]]), torch.tensor([[4.0], [3], [1]])
+    own = ot_token_weights(**data, reg=0.1, total="own")
+    assert_same(own, (ours[0] * n / tau, ours[1] * m / tau))
+    raw = ot_token_weights(**data, reg=0.1, total="none")
+    assert_same(raw, [weights * ours[2].mass[:, None] for weights in ours[:2]])
+    assert (ours[2].mass - 1).abs().min() > 0.01
+
+
+def test_own_totals_lead_to_dpo_as_entropy_grows() -> None:
+    data = batch()
+    w_chosen, w_rejected, stats = ot_token_weights(**data, reg=1e9, total="own")
+    torch.testing.assert_close(w_chosen, data["mask_chosen"].double(), rtol=0, atol=1e-8)
+    torch.testing.assert_close(w_rejected, data["mask_rejected"].double(), rtol=0, atol=1e-8)
+    assert (stats.unchanged == 1).all()
+
+
+def test_uniform_weights_equal_dpo_only_at_equal_length() -> None:
+    """tau/n and tau/m are 1 on both sides where n = m, and not otherwise: 4/6 on the first pair's chosen side."""
+    data = batch()
+    w_chosen, w_rejected, _ = ot_token_weights(**data, reg=1e9)
+    assert w_chosen[0, 0].item() == pytest.approx(4 / 6, abs=1e-8)
+    data["mask_chosen"][0, 4:] = False
+    w_chosen, w_rejected, _ = ot_token_weights(**data, reg=1e9)
+    torch.testing.assert_close(w_chosen[0], data["mask_chosen"][0].double(), rtol=0, atol=1e-8)
+    torch.testing.assert_close(w_rejected[0], data["mask_rejected"][0].double(), rtol=0, atol=1e-8)
 
 
 def test_mass_is_the_transported_share() -> None:
     """Identical hidden states: cost 0, G = exp(-.2 ln(2 * 3) / 1.4) on 2 x 3 = .774170, 6 * .774170 / 2 = 2.322511."""
     ones = torch.ones(1, 3, 4)
     mask = torch.tensor([[1, 1, 0]])
-    _, _, stats = ot_token_weights(ones, ones, mask, torch.ones(1, 3))
-    assert stats.mass.item() == pytest.approx(3 * math.exp(-0.2 * math.log(6) / 1.4), abs=1e-6)
-    assert stats.spread.item() == pytest.approx(0, abs=1e-6)
+    w_chosen, _, stats = ot_token_weights(ones, ones, mask, torch.ones(1, 3))
+    assert w_chosen.dtype == torch.float32
+    assert stats.mass.item() == pytest.approx(3 * math.exp(-0.2 * math.log(6) / 1.4), abs=1e-10)
+    assert stats.spread.item() == pytest.approx(0, abs=1e-10)
+    assert stats.unchanged.item() == 1
 
 
 def test_no_gradient_into_the_hidden_states() -> None:
@@ -151,8 +135,9 @@ def test_no_gradient_into_the_hidden_states() -> None:
     assert not w_rejected.requires_grad
 
 
+@PATHS
 @pytest.mark.parametrize("change", ["scale", "shift", "rotate"])
-def test_invariant_to_the_frame_of_the_hidden_states(change: str) -> None:
+def test_invariant_to_the_frame_of_the_hidden_states(weigh: Weigh, change: str) -> None:
     data = batch()
     moved = dict(data)
     rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(9)))[0]
@@ -164,42 +149,55 @@ def test_invariant_to_the_frame_of_the_hidden_states(change: str) -> None:
                 moved[key] = data[key] + 100.0
             case "rotate":
                 moved[key] = data[key] @ rotation
-    assert_same(ot_token_weights(**moved, reg=0.1), ot_token_weights(**data, reg=0.1))
+    assert_same(weigh(**moved, reg=0.1), weigh(**data, reg=0.1))
 
 
-def test_without_normalisation_the_cost_is_the_distance() -> None:
+def test_costs_and_their_scales() -> None:
     data = batch()
     chosen, rejected = data["h_chosen"][0], data["h_rejected"][0]
-    expected = (chosen[:, None] - rejected[None]).norm(dim=-1).numpy()
-    np.testing.assert_allclose(pairwise_cost(chosen, rejected, "none"), expected, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(pairwise_cost(chosen, rejected, "max"), expected / expected.max(), rtol=0, atol=1e-10)
+    distance = (chosen[:, None] - rejected[None]).norm(dim=-1)
+    cosine = 1 - torch.cosine_similarity(chosen[:, None], rejected[None], dim=-1)
+    largest_norm = max(chosen.norm(dim=-1).max(), rejected.norm(dim=-1).max())
+    for metric, cost_norm, expected in [
+        ("euclidean", "none", distance),
+        ("euclidean", "max", distance / distance.max()),
+        ("euclidean", "reference", (distance + 1e-6) / (max(distance.max(), largest_norm) + 1e-6)),
+        ("sqeuclidean", "none", distance**2),
+        ("sqeuclidean", "max", (distance / distance.max()) ** 2),
+        ("cosine", "none", cosine),
+    ]:
+        ours = pairwise_cost(chosen, rejected, metric, cost_norm)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
 def test_float32_states_with_a_large_offset_keep_their_distances() -> None:
     """cdist by matrix product in float32 gives such a vector a distance to itself; 40 rows so that it is used."""
     states = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)) + 1000.0
     assert torch.cdist(states, states).diagonal().max() > 0.1
-    assert pairwise_cost(states, states, "none").diagonal().max() < 1e-5
+    assert pairwise_cost(states, states, "euclidean", "none").diagonal().max() < 1e-5
 
 
-def test_invariant_to_padding_and_to_the_batch() -> None:
+@PATHS
+def test_invariant_to_padding_and_to_the_batch(weigh: Weigh) -> None:
     data = batch()
-    whole = ot_token_weights(**data)
+    whole = weigh(**data)
     # left padding, and other content in it
     left = {key: value.flip(1) for key, value in data.items()}
-    left["h_chosen"] = left["h_chosen"].masked_fill(~left["mask_chosen"][..., None], 1e6)
-    flipped = ot_token_weights(**left)
+    left["h_chosen"] = left["h_chosen"].masked_fill(~left["mask_chosen"][..., None], math.nan)
+    left["h_rejected"] = left["h_rejected"].masked_fill(~left["mask_rejected"][..., None], -1e6)
+    flipped = weigh(**left)
     assert_same([w.flip(1) for w in flipped[:2]], whole)
-    alone = ot_token_weights(**{key: value[1:2] for key, value in data.items()})
+    alone = weigh(**{key: value[1:2] for key, value in data.items()})
     assert_same(alone, [w[1:2] for w in whole[:2]])
 
 
-def test_permuting_rejected_tokens_permutes_their_weights_only() -> None:
+@PATHS
+def test_permuting_rejected_tokens_permutes_their_weights_only(weigh: Weigh) -> None:
     data = batch()
     data["mask_rejected"][:] = True
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    w_chosen, w_rejected, _ = ot_token_weights(**data, reg=0.1)
-    permuted = ot_token_weights(**(data | {"h_rejected": data["h_rejected"][:, order]}), reg=0.1)
+    w_chosen, w_rejected, _ = weigh(**data, reg=0.1)
+    permuted = weigh(**(data | {"h_rejected": data["h_rejected"][:, order]}), reg=0.1)
     assert_same(permuted, (w_chosen, w_rejected[:, order]))
     assert (w_rejected - w_rejected[:, order]).abs().max() > 0.01
 
@@ -207,26 +205,135 @@ def test_permuting_rejected_tokens_permutes_their_weights_only() -> None:
 def test_mix_runs_from_plain_dpo_to_transport() -> None:
     data = batch()
     plain = ot_token_weights(**data, mix=0.0)
-    assert torch.equal(plain[0], data["mask_chosen"].float())
-    assert torch.equal(plain[1], data["mask_rejected"].float())
+    assert torch.equal(plain[0], data["mask_chosen"].double())
+    assert torch.equal(plain[1], data["mask_rejected"].double())
     full = ot_token_weights(**data)
     quarter = ot_token_weights(**data, mix=0.25)
     assert_same(quarter, [0.25 * full[i] + 0.75 * plain[i] for i in (0, 1)])
 
 
-def test_an_empty_completion_has_no_weights_and_is_counted() -> None:
+def test_finite_differences_of_the_loss_have_the_closed_form_and_its_signs() -> None:
+    """dloss/dlogp_c,t = -beta sigmoid(-beta D) w_t; the opposite sign for rejected; 0 where the weight is."""
+    data, beta, step = batch(), 0.7, 1e-5
+    w_chosen, w_rejected, _ = ot_token_weights(**data, reg=0.1)
+    generator = torch.Generator().manual_seed(2)
+    policy_c, reference_c = torch.randn(2, 3, 6, dtype=torch.float64, generator=generator)
+    policy_r, reference_r = torch.randn(2, 3, 7, dtype=torch.float64, generator=generator)
+
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return weighted_dpo_loss(chosen, rejected, reference_c, reference_r, w_chosen, w_rejected, beta).losses
+
+    margin = (w_chosen * (policy_c - reference_c)).sum(1) - (w_rejected * (policy_r - reference_r)).sum(1)
+    torch.testing.assert_close(loss(policy_c, policy_r), -logsigmoid(beta * margin), rtol=0, atol=1e-10)
+    slope = beta * torch.sigmoid(-beta * margin)
+    for token in range(6):
+        nudge = torch.zeros(3, 6, dtype=torch.float64)
+        nudge[:, token] = step
+        difference = (loss(policy_c + nudge, policy_r) - loss(policy_c - nudge, policy_r)) / (2 * step)
+        torch.testing.assert_close(difference, -slope * w_chosen[:, token], rtol=0, atol=1e-9)
+        assert ((difference < 0) == data["mask_chosen"][:, token]).all()
+    for token in range(7):
+        nudge = torch.zeros(3, 7, dtype=torch.float64)
+        nudge[:, token] = step
+        difference = (loss(policy_c, policy_r + nudge) - loss(policy_c, policy_r - nudge)) / (2 * step)
+        torch.testing.assert_close(difference, slope * w_rejected[:, token], rtol=0, atol=1e-9)
+        assert ((difference > 0) == data["mask_rejected"][:, token]).all()
+
+
+# Hostile pairs
+
+
+@PATHS
+def test_an_empty_completion_has_no_weights_and_is_counted(weigh: Weigh) -> None:
     data = batch()
     data["mask_chosen"][1] = False
-    w_chosen, w_rejected, stats = ot_token_weights(**data)
+    w_chosen, w_rejected, stats = weigh(**data)
     assert stats.empty == 1
-    assert w_chosen[1].sum() == w_rejected[1].sum() == stats.mass[1] == stats.spread[1] == 0
+    assert w_chosen[1].sum() == w_rejected[1].sum() == 0
+    assert stats.mass[1] == stats.spread[1] == stats.unchanged[1] == 0
     assert w_chosen[0].sum() == pytest.approx(4.0)
 
 
-def test_hidden_states_that_are_not_finite_are_refused() -> None:
+@PATHS
+def test_a_batch_of_nothing_but_empty_completions(weigh: Weigh) -> None:
     data = batch()
-    data["h_rejected"][2, 0, 0] = math.inf
-    with pytest.raises(UserError, match="pair 2 of the batch"):
-        ot_token_weights(**data)
-    data["mask_rejected"][2, 0] = False  # in padding it does not matter
-    assert ot_token_weights(**data)[1].isfinite().all()
+    data["mask_rejected"][:] = False
+    w_chosen, w_rejected, stats = weigh(**data)
+    assert stats.empty == 3
+    assert w_chosen.abs().sum() == w_rejected.abs().sum() == 0
+
+
+@PATHS
+def test_identical_completions_have_identical_weights(weigh: Weigh) -> None:
+    data = batch()
+    same = {"h_rejected": data["h_chosen"], "mask_rejected": data["mask_chosen"]}
+    w_chosen, w_rejected, _ = weigh(**(data | same), reg=0.1)
+    torch.testing.assert_close(w_chosen, w_rejected, rtol=0, atol=1e-10)
+    assert w_chosen.isfinite().all()
+
+
+@PATHS
+def test_one_token_against_one_has_weight_1(weigh: Weigh) -> None:
+    states, mask = torch.randn(2, 1, 1, 8, dtype=torch.float64), torch.ones(1, 1)
+    w_chosen, w_rejected, _ = weigh(states[0], states[1], mask, mask)
+    assert w_chosen.item() == pytest.approx(1, abs=1e-10)
+    assert w_rejected.item() == pytest.approx(1, abs=1e-10)
+
+
+@PATHS
+@pytest.mark.parametrize("reg", [1.0, 0.1, 0.01])
+def test_2000_tokens_against_3(weigh: Weigh, reg: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    long, short = torch.randn(1, 2000, 16, generator=generator), torch.randn(1, 3, 16, generator=generator)
+    w_chosen, w_rejected, _ = weigh(long, short, torch.ones(1, 2000), torch.ones(1, 3), reg=reg)
+    assert w_chosen.sum().item() == pytest.approx(3, abs=1e-5)
+    assert w_rejected.sum().item() == pytest.approx(3, abs=1e-5)
+    assert (w_chosen >= 0).all()
+
+
+@PATHS
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_constant_hidden_states_have_uniform_weights(weigh: Weigh, scale: float, metric: Metric) -> None:
+    """Also where rounding gives equal states a distance, which their largest would blow up to 1."""
+    state = scale * torch.randn(333, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    chosen, rejected = state.expand(1, 17, 333), state.expand(1, 129, 333)
+    w_chosen, w_rejected, stats = weigh(chosen, rejected, torch.ones(1, 17), torch.ones(1, 129), metric=metric)
+    torch.testing.assert_close(w_chosen, torch.ones(1, 17, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(w_rejected, torch.full((1, 129), 17 / 129, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert stats.unchanged.item() == 1
+
+
+@PATHS
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("key", ["h_chosen", "h_rejected"])
+@pytest.mark.parametrize("metric", get_args(Metric))
+def test_bfloat16_that_is_not_finite_is_refused(weigh: Weigh, value: float, key: str, metric: Metric) -> None:
+    data = batch()
+    for name in ("h_chosen", "h_rejected"):
+        data[name] = data[name].bfloat16()
+    data[key][2, 0, 0] = value
+    with pytest.raises(PairError, match="pair 2 of the batch: its hidden states are not finite") as error:
+        weigh(**data, metric=metric)
+    assert error.value.pair == 2
+    data[key.replace("h_", "mask_")][2, 0] = False  # in padding it does not matter
+    w_chosen, w_rejected, _ = weigh(**data, metric=metric)
+    assert w_chosen.isfinite().all()
+    assert w_rejected.isfinite().all()
+
+
+@PATHS
+def test_the_largest_bfloat16_is_finite(weigh: Weigh) -> None:
+    data = batch()
+    data["h_chosen"] = data["h_chosen"].bfloat16()
+    data["h_chosen"][0, 0, 0] = torch.finfo(torch.bfloat16).max
+    w_chosen = weigh(**data)[0]
+    assert w_chosen.isfinite().all()
+    assert w_chosen[0].sum().item() == pytest.approx(4)
+
+
+@PATHS
+def test_a_transport_that_does_not_converge_names_its_pair(weigh: Weigh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "LOG_ITERATIONS", 8)
+    with pytest.raises(PairError, match="pair 0 of the batch: transport of 6 x 4 tokens .* does not converge"):
+        weigh(**batch(), reg=0.0005)

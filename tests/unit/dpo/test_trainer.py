@@ -20,7 +20,7 @@ from dpo.data import PairCollator, tokenize_pairs
 from dpo.forward import Way
 from dpo.ot import ot_token_weights
 from dpo.train import ExpertParallelPreferenceTrainer
-from dpo.trainer import PreferenceArguments, PreferenceTrainer
+from dpo.trainer import Completions, PreferenceArguments, PreferenceTrainer
 
 Make = Callable[..., PreferenceTrainer]
 
@@ -157,6 +157,14 @@ def test_no_mix_is_dpo_and_transport_is_not(make: Make) -> None:
     plain, unmixed, mixed = trained(make(loss_type=["dpo"])), trained(make(ot_mix=0.0)), trained(make())
     torch.testing.assert_close(unmixed, plain, rtol=0, atol=0)
     assert max((mixed[name] - plain[name]).abs().max() for name in plain) > 1e-3
+
+
+def test_a_pair_without_weights_is_named_by_its_id(make: Make, pairs: Dataset) -> None:
+    trainer = make()
+    mask, hidden = torch.ones(6, 3, dtype=torch.bool), torch.ones(6, 3, 8)
+    hidden[4, 1, 0] = math.nan  # of the rejected completion of the second of three pairs
+    with pytest.raises(UserError, match="^row row-5: its hidden states are not finite"):
+        trainer._token_weights(Completions(torch.zeros(6, 3), mask, hidden), torch.tensor([2, 5, 3]))
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(make: Make, dense: PreTrainedModel, tmp_path: Path) -> None:
