@@ -259,16 +259,23 @@ def rule(config: BuildConfig) -> str:
 
 def forecast(config: PreferencesConfig) -> list[str]:
     """Tokens, time and disk of the whole job, from the first prompts, sampled and judged for real."""
-    total = expected_prompts(config.all_sources)
-    tokenizer = models.load_tokenizer(ModelConfig(path=config.model))
-    first = islice(draw_prompts(config.all_sources, config.seed, Ledger()), MEASURED)
+    prompts = draw_prompts(config.all_sources, config.seed, Ledger())
+    return measured(config, config.model, config.dtype, prompts, config.seed, expected_prompts(config.all_sources))
+
+
+def measured(
+    config: BuildConfig, model: str, dtype: str, prompts: Iterable[Row], seed: int, total: int | None
+) -> list[str]:
+    """What `total` prompts will take, from the first of `prompts`, sampled and judged for real."""
+    tokenizer = models.load_tokenizer(ModelConfig(path=model))
+    first = islice(prompts, MEASURED)
     tally = Tally()
     with (
         TemporaryDirectory() as scratch,
-        open_engine(Path(config.model), config.engine, config.dtype) as engine,
+        open_engine(Path(model), config.engine, dtype) as engine,
     ):
         began = time.monotonic()
-        for _ in judged(engine, tokenizer, first, config, Path(scratch), tally, seed=config.seed, total=None):
+        for _ in judged(engine, tokenizer, first, config, Path(scratch), tally, seed=seed, total=None):
             pass
         seconds = (time.monotonic() - began) / tally.prompts
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file()) / tally.prompts
