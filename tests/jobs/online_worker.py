@@ -1,7 +1,7 @@
 """dpo.online with a planted fault: `python online_worker.py FAULT ...`. The rest is the command's own arguments.
 
-FAULT is `stale` (the engine keeps its weights and says that it took the new ones), `generate:N` (SIGKILL in place of the
-engine's N-th call), or `file:PATTERN` (SIGKILL once a file of that pattern is there).
+FAULT is `stale` (the engine keeps its weights and says that it took the new ones), `generate:N` (SIGKILL in place of
+the engine's N-th call), or `file:PATTERN` (SIGKILL once a file of that pattern is there).
 """
 
 import os
