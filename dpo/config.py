@@ -1,9 +1,9 @@
 """Configuration of preference training. Imports no torch."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from alignment.config import Config, JobConfig, LoRAConfig, ModelConfig, TrainingConfig
 from data_builders.config import BuildConfig
@@ -95,3 +95,9 @@ class OnlineConfig(BuildConfig, JobConfig):
     accelerate: Path | None = Field(
         None, description="launcher config of the training ranks; default: this process's kind"
     )
+
+    @model_validator(mode="after")
+    def _a_model_to_sample_from(self) -> Self:
+        if self.lora is not None and not self.lora.merge:
+            raise ValueError("lora.merge: the engine samples from the merged model, so it has to be true")
+        return self

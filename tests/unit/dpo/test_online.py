@@ -1,19 +1,22 @@
 """What online training refuses and reports; the rounds themselves are in tests/jobs/test_online.py."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from alignment.errors import UserError
 from alignment.fingerprint import weights_hash
 from alignment.rows import Row, write_rows
 from dpo.config import OnlineConfig
 from dpo.drawing import Seen
-from dpo.online import _change, _check_baseline, _check_disjoint, _link, _pass_rates
+from dpo.online import _change, _check_baseline, _check_disjoint, _link, _pass_rates, plan
 from dpo.policies import Policies
 from dpo.rounds import check_origin, seen_in, training_settings
 
+ROOT = Path(__file__).parents[3]
 PROMPTS: list[Row] = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"{i}?"}]} for i in range(10)]
 
 
@@ -165,3 +168,57 @@ def test_a_round_s_training_takes_the_online_settings(tmp_path: Path) -> None:
     assert (settings.seed, settings.batch_size, settings.max_length) == (7, 3, 1024)
     assert (settings.model.path, settings.model.dtype) == (str(tmp_path / "p"), "bfloat16")
     assert (settings.output_dir, settings.rows) == (tmp_path / "r" / "train", str(tmp_path / "r" / "pairs.jsonl"))
+
+
+@pytest.fixture
+def planned(tmp_path: Path, tiny_model_folder: Path) -> OnlineConfig:
+    held_out = [{"id": f"h{i}", "prompt": [{"role": "user", "content": f"{i}??"}], "answer": "1"} for i in range(3)]
+    write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    write_rows(tmp_path / "held_out.jsonl", held_out)
+    return config(
+        tmp_path,
+        model=str(tiny_model_folder),
+        prompts=str(tmp_path / "prompts.jsonl"),
+        evaluation={"prompts": str(tmp_path / "held_out.jsonl")},
+        round={"prompts": 9},
+        pairing={"per_prompt": 2},
+        batch_size=3,
+        accelerate=ROOT / "configs" / "accelerate" / "cpu-ep2.yaml",
+        training={"learning_rate": 1e-3, "accumulation": 2, "epochs": 2},
+    )
+
+
+def test_a_plan_is_of_the_training_s_ranks_and_leaves_this_process_as_it_was(
+    planned: OnlineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 18 pairs, 12 a step: two steps an epoch."""
+    monkeypatch.chdir(ROOT)  # the launcher's config names DeepSpeed's from there
+    before = dict(os.environ)
+    lines = "\n".join(plan(planned))
+    assert dict(os.environ) == before
+    assert "prompts: 10 to draw from, pass_rate; paired by the math rule, at random" in lines
+    assert "step: 2 ranks x 2 x 3 = 12 pairs, at most 4 steps a round" in lines
+    assert "memory of one rank: 2 ranks, expert parallelism 2, ZeRO 1, float32" in lines
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"round": {"prompts": 11}}, "round.prompts: 11 wanted, but there are 10"),
+        ({"loss": {"type": "ot_dop"}}, "unknown loss 'ot_dop'; did you mean 'ot_dpo'"),
+        ({"accelerate": "cpu-ep3.yaml"}, "accelerate: cpu-ep3.yaml: no such launcher config"),
+        ({"sampling": {"max_tokens": 1024}}, "leaves no room for a prompt"),
+        ({"evaluation": {"prompts": "prompts"}}, "prompts: no such file"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(
+    planned: OnlineConfig, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=message):
+        plan(OnlineConfig.model_validate(planned.model_dump() | change))
+
+
+def test_an_adapter_that_is_not_merged_cannot_be_sampled_from(planned: OnlineConfig) -> None:
+    with pytest.raises(ValidationError, match="lora.merge: the engine samples from the merged model"):
+        OnlineConfig.model_validate(planned.model_dump() | {"lora": {"merge": False}})
