@@ -29,7 +29,7 @@ from dpo.policies import Policies
 
 Numbers = dict[str, float | int]
 
-KL_PROMPTS = 128  # of the evaluation: one answer each is taken
+KL_PROMPTS = 64  # of the evaluation: one answer each is taken
 
 
 def run_round(
