@@ -45,7 +45,7 @@ class Policies(Closing):
             RuntimeError: its log-probabilities of these answers are not the model's: it serves other weights.
         """
         if self.engine is None:
-            self.engine = open_engine(model, self.config.engine, self.config.dtype)
+            self.engine = self._open(model)
         elif self.engine.weights != weights_hash(model):
             self.engine.load_weights(model)
         else:
@@ -70,6 +70,14 @@ class Policies(Closing):
         if self.engine is not None:
             self.engine.close()
         self.engine = None
+
+    def _open(self, model: Path) -> Any:
+        if not self.config.engine.endpoints:
+            return open_engine(model, self.config.engine, self.config.dtype)
+        from alignment.rollout.endpoints import EndpointEngine
+
+        # Servers outlive a run that was killed: they may still have the weights of another round.
+        return EndpointEngine(model, self.config.engine, dtype=self.config.dtype, reload=True)
 
     def _gap(self, model: Path, prompts: Sequence[Row]) -> float:
         tokenizer = models.load_tokenizer(ModelConfig(path=str(model)))

@@ -138,7 +138,7 @@ def test_an_engine_on_the_training_s_gpu_is_closed_before_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    monkeypatch.setattr("dpo.policies.open_engine", lambda model, *_: Fake(model))
+    monkeypatch.setattr(Policies, "_open", lambda _, model: Fake(model))
     monkeypatch.setattr(Policies, "_gap", lambda *_: 0.0)
     policies = Policies(config(tmp_path, engine=engine))
     first = policies.engine_with(tiny_model_folder, PROMPTS)
