@@ -49,7 +49,7 @@ class RoundConfig(Config):
         None,
         gt=0,
         description="mean gap a token, in nats, between engine and transformers that stops the run; "
-        "default: 1e-4 in float32, 0.1 in bfloat16",
+        "default: 1e-4 in float32, 0.02 in bfloat16",
     )
 
 

@@ -139,7 +139,8 @@ def test_an_engine_on_the_training_s_gpu_is_closed_before_it(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
     monkeypatch.setattr(Policies, "_open", lambda _, model: Fake(model))
-    monkeypatch.setattr(Policies, "_gap", lambda *_: 0.0)
+    monkeypatch.setattr(Policies, "_check", lambda *_: None)
+    monkeypatch.setattr(Policies, "_answers", lambda *_: [])
     policies = Policies(config(tmp_path, engine=engine))
     first = policies.engine_with(tiny_model_folder, PROMPTS)
     policies.release()
@@ -152,15 +153,34 @@ def test_the_gate_has_its_limit_from_the_dtype_or_the_config(
     tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo.policies.open_engine", lambda model, *_: Fake(model))
-    monkeypatch.setattr(Policies, "_gap", lambda *_: 0.01)
+    monkeypatch.setattr(Policies, "_answers", lambda *_: [])
+    monkeypatch.setattr("dpo.policies.gap_per_token", lambda *_: 0.01)
     drawn = {"prompts": 1, "logprob_gate": 0.02}
     for passing in ({"dtype": "bfloat16"}, {"round": drawn}):
         Policies(config(tmp_path, **passing)).engine_with(tiny_model_folder, PROMPTS)
     for failing in ({}, {"dtype": "bfloat16", "round": drawn | {"logprob_gate": 0.005}}):
-        with pytest.raises(
-            RuntimeError, match=r"differ from transformers' by 0.01 a token.*does not serve these weights"
-        ):
+        with pytest.raises(RuntimeError, match=r"log-probabilities by 0.01 a token.*does not serve these weights"):
             Policies(config(tmp_path, **failing)).engine_with(tiny_model_folder, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("gap", "former", "refused"),
+    [(0.015, 0.001, True), (0.001, 0.06, False), (0.001, 0.0009, False), (0.001, 0.0004, True)],
+)
+def test_an_engine_whose_answers_fit_the_former_weights_is_refused_within_the_limit(
+    gap: float, former: float, refused: bool, tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the limit is 0.02; weights of an earlier round may differ by less."""
+    new = tmp_path / "new"
+    gaps = {tiny_model_folder: former, new: gap}
+    monkeypatch.setattr("dpo.policies.gap_per_token", lambda _, folder, __: gaps[folder])
+    policies = Policies(config(tmp_path, dtype="bfloat16"))
+    policies._check(tiny_model_folder, None, [])
+    if not refused:
+        policies._check(new, tiny_model_folder, [])
+        return
+    with pytest.raises(RuntimeError, match="does not serve these weights, but the former ones"):
+        policies._check(new, tiny_model_folder, [])
 
 
 def test_a_round_s_training_takes_the_online_settings(tmp_path: Path) -> None:
