@@ -1,5 +1,6 @@
 """What online training refuses and reports; the rounds themselves are in tests/jobs/test_online.py."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from alignment.fingerprint import weights_hash
 from alignment.rows import Row, write_rows
 from dpo.config import OnlineConfig
 from dpo.drawing import Seen
-from dpo.online import _change, _check_baseline, _check_disjoint, _link, _pass_rates, plan
+from dpo.online import _change, _check_baseline, _check_disjoint, _link, _pass_rates, plan, run
 from dpo.policies import Policies
 from dpo.rounds import check_origin, seen_in, training_settings
 
@@ -241,3 +242,54 @@ def test_mistakes_are_found_before_anything_runs(
 def test_an_adapter_that_is_not_merged_cannot_be_sampled_from(planned: OnlineConfig) -> None:
     with pytest.raises(ValidationError, match="lora.merge: the engine samples from the merged model"):
         OnlineConfig.model_validate(planned.model_dump() | {"lora": {"merge": False}})
+
+
+@pytest.mark.parametrize(
+    ("stop", "rounds", "ending"),
+    [
+        ({}, [(0.5, 1.0), (0.4, 2.0), None], {"rounds": 2, "stopped_by": "no pairs", "model.round": 2}),
+        ({}, [(0.5, 1.0), (0.4, 2.0), (0.3, 9.0)], {"rounds": 3, "stopped_by": "rounds", "model.round": 3}),
+        ({"kl": 3.0}, [(0.5, 1.0), (0.6, 3.5)], {"rounds": 2, "stopped_by": "kl", "model.round": 1}),
+        ({"patience": 1}, [(0.5, 1.0), (0.5, 1.5)], {"rounds": 2, "stopped_by": "patience", "model.round": 1}),
+    ],
+)
+def test_rounds_follow_each_other_until_something_ends_them(
+    stop: dict[str, Any],
+    rounds: list[tuple[float, float] | None],
+    ending: dict[str, Any],
+    planned: OnlineConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    baseline = evaluation(tmp_path / "baseline", {"h0": 1, "h1": 1, "h2": 1})  # a quarter
+    settings = planned.model_dump() | {"output_dir": tmp_path / "run", "rounds": 3, "stop": stop}
+    settings["evaluation"]["baseline"] = str(baseline)
+    policies: list[str] = []
+
+    def run_round(_: Policies, __: OnlineConfig, policy: Path, drawn: Any, ___: Any, folder: Path, ____: int) -> Any:
+        policies.append(str(policy))
+        (folder / "train" / "model").mkdir(parents=True)
+        write_rows(folder / "by_prompt.jsonl", [{"id": row["id"], "verdicts": {"correct": 1}} for row in drawn])
+        evaluation(folder / "evaluation", {"h0": 2, "h1": 2, "h2": 2})
+        found = rounds[len(policies) - 1]
+        return found and {"pass_at_1": found[0], "kl": found[1]}
+
+    monkeypatch.setattr("dpo.online.run_round", run_round)
+    run(OnlineConfig.model_validate(settings))
+    out = tmp_path / "run"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {key: metrics[key] for key in ending} == ending
+    expected = [planned.model, *(str(out / f"round_{number}" / "train" / "model") for number in (1, 2))]
+    assert policies == expected[: len(rounds)], "each goes on from the one before"
+    assert (out / "model").resolve() == (out / f"round_{ending['model.round']}" / "train" / "model").resolve()
+    assert metrics["round_1.change"] == pytest.approx(0.25)
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, ending["rounds"] + 1))
+
+
+def test_a_first_round_without_a_pair_is_a_mistake(planned: OnlineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo.online.run_round", lambda *_: None)
+    monkeypatch.setattr("dpo.online._baseline", lambda *_: planned.output_dir)
+    monkeypatch.setattr("dpo.online._pass_rates", lambda *_: {"h0": 0.5})
+    with pytest.raises(UserError, match=r"round_1: no prompt gave a pair; rejects.jsonl says why"):
+        run(OnlineConfig.model_validate(planned.model_dump() | {"output_dir": planned.output_dir / "run"}))
