@@ -10,6 +10,7 @@ seeds' own means (what other seeds might say; with three seeds it is wide). Arms
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -125,9 +126,9 @@ def _mean(rates: Mapping[str, float]) -> float:
 
 
 def _points(interval: Interval) -> str:
-    """In percentage points."""
+    """In percentage points; of a single seed there is no interval."""
     value, low, high = (100 * part for part in (interval.value, interval.low, interval.high))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{value:+.1f}" if math.isnan(low) else f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _line(cells: Sequence[str]) -> str:

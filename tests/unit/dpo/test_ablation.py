@@ -55,7 +55,7 @@ def test_what_is_not_done_is_named_and_a_kept_start_counts_as_such(pipeline: Pat
     Path("dpo_2", "metrics.json").write_text(json.dumps({"model.round": 0}))
     lines = table(pipeline, "ot")
     assert lines[3].startswith("| dpo | 2 | 37.5% | +12.5")
-    assert lines[4].startswith("| ot | 1 | 75.0% ")
+    assert lines[4].startswith("| ot | 1 | 75.0% | +50.0 (+50.0 to +50.0) | +50.0 |  |"), "one seed has no interval"
     assert lines[-1] == "\nNot done: ot_2."
 
 
