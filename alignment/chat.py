@@ -17,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alignment.errors import UserError
+from alignment.fingerprint import value_hash
 
 Messages = list[dict[str, Any]]
 
@@ -83,6 +84,11 @@ def stop_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no eos_token to end a turn with")
     return int(tokenizer.eos_token_id)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of vocabulary, chat template and stop token: token ids mean the same wherever it is the same."""
+    return value_hash([tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.eos_token_id])
 
 
 def render_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

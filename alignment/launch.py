@@ -13,7 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,42 @@ def _dry_run(parsed: argparse.Namespace, config: Any) -> None:
         UserError: a DeepSpeed config that is not there.
         job.RankFailed: the job refused its config; its message stands above.
     """
-    ranks = parsed.num_processes or (config and config.num_processes) or 1
-    os.environ["WORLD_SIZE"] = str(ranks)
-    if config is not None and config.distributed_type == "DEEPSPEED":
-        settings = config.deepspeed_config
-        path = settings.get("deepspeed_config_file")
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"{parsed.config_file}: deepspeed_config_file {path}: no such file")
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(settings.get("zero_stage", 2))
-        if path is not None:
-            os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = path
+    os.environ |= _rank_environment(parsed.config_file, config, parsed.num_processes)
     script = ["-m", parsed.training_script] if parsed.module else [parsed.training_script]
     code = run_command(["python", *script, *parsed.training_script_args])
     if code:
         raise job.RankFailed(code)
+
+
+def _rank_environment(config_file: str, config: Any, ranks: int | None = None) -> dict[str, str]:
+    """What a job reads of its launch: the number of ranks, and the DeepSpeed config."""
+    found = {"WORLD_SIZE": str(ranks or (config and config.num_processes) or 1)}
+    if config is None or config.distributed_type != "DEEPSPEED":
+        return found
+    settings = config.deepspeed_config
+    path = settings.get("deepspeed_config_file")
+    if path is not None and not Path(path).is_file():
+        raise UserError(f"{config_file}: deepspeed_config_file {path}: no such file")
+    found |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(settings.get("zero_stage", 2))}
+    return found if path is None else found | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": path}
+
+
+@contextmanager
+def planned_ranks(config_file: Path | None) -> Iterator[None]:
+    """Inside the block this process plans as one of the ranks of a launcher config would; None: as itself.
+
+    Raises:
+        UserError: a launcher or DeepSpeed config that is not there.
+    """
+    before = dict(os.environ)
+    if config_file is not None:
+        config = _config(argparse.Namespace(config_file=str(config_file)))
+        os.environ.update(_rank_environment(str(config_file), config))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def job_command(module: str, config: Path, overrides: Sequence[str] = (), accelerate: Path | None = None) -> list[str]:

@@ -17,6 +17,7 @@ class Ledger:
     tokens_in: int = 0
     tokens_trained: int = 0
     tokens_dropped: int = 0
+    retokenized: int = 0  # rows whose sampled token ids are another tokenizer's, so that their text was taken
     truncated: int = 0  # rows that came out without their last tokens, which count as dropped
 
     def drop(self, reason: str, tokens: int = 0) -> None:
@@ -40,6 +41,7 @@ class Ledger:
             "tokens_in": self.tokens_in,
             "tokens_trained": self.tokens_trained,
             "tokens_dropped": self.tokens_dropped,
+            "retokenized": self.retokenized,
             "truncated": self.truncated,
         }
 

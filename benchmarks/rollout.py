@@ -29,7 +29,7 @@ from alignment.rollout.engine import VLLMEngine
 from alignment.rows import Row
 from benchmarks import in_turns, report, speedup
 from data_builders.config import BuildConfig
-from data_builders.preferences import PairWriter, build
+from data_builders.preferences import PairWriter, build, origin_of
 
 PROMPTS, SAMPLES, TOKENS, ROUNDS = 32, 32, 64, 3
 GENERATE_PROMPTS = 16  # what transformers is given: a batch of 512 sequences
@@ -57,7 +57,7 @@ def prompts(count: int) -> Iterator[Row]:
 def run_job(engine: VLLMEngine, words: PreTrainedTokenizerBase, count: int, config: BuildConfig) -> dict[str, Any]:
     """Sample, store, verify, pair, in a fresh folder."""
     with tempfile.TemporaryDirectory() as folder:
-        writer = PairWriter(Path(folder), config.pairing, 0.0, 0, Ledger())
+        writer = PairWriter(Path(folder), config.pairing, 0.0, 0, Ledger(), origin_of(engine, words))
         return build(engine, words, prompts(count), config, Path(folder), writer, seed=0, total=count)
 
 

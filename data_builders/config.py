@@ -25,6 +25,9 @@ class SynthesizeConfig(JobConfig):
 class PairingConfig(Config):
     """Which samples of a prompt become pairs; see data_builders.pairs. Math prompts go by their verdicts."""
 
+    math_rule: bool = Field(
+        True, description="false: prompts with answers are paired by reward alone too, their verdicts only noted"
+    )
     policy: Literal["best_worst", "best_quantile", "best_sigma"] = Field(
         "best_worst", description="what is rejected where no answer is known: the lowest score, or nearest to a target"
     )
@@ -46,6 +49,12 @@ class BuildConfig(Config):
     pairing: PairingConfig = PairingConfig()
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _reward_to_pair_by(self) -> Self:
+        if not self.pairing.math_rule and not self.reward_models:
+            raise ValueError("pairing.math_rule: false pairs by reward alone, and 'reward_models' names none")
+        return self
 
 
 class SourceConfig(Config):

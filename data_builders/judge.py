@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment import chat, models
 from alignment.config import ModelConfig
-from alignment.fingerprint import value_hash
 from alignment.grading import GradedChunk, GradedSample, grade, read_graded, writing
 from alignment.rollout.sampling import Chunk
 from alignment.verify import Verifier
@@ -60,7 +59,7 @@ class RewardModel:
     def __init__(self, folder: Path, batch_tokens: int, policy: PreTrainedTokenizerBase) -> None:
         self._scorer = Scorer(folder, batch_tokens)
         self._tokenizer = models.load_tokenizer(ModelConfig(path=str(folder)))
-        self._reads_tokens = _tokenizer_hash(self._tokenizer) == _tokenizer_hash(policy)
+        self._reads_tokens = chat.tokenizer_hash(self._tokenizer) == chat.tokenizer_hash(policy)
 
     def score(self, chunk: GradedChunk) -> list[float]:
         prompts, answers = [], []
@@ -77,7 +76,3 @@ class RewardModel:
         if sample.finish_reason == "stop":
             return sample.token_ids
         return [*sample.token_ids, chat.stop_token_id(self._tokenizer)]
-
-
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    return value_hash([tokenizer.get_vocab(), tokenizer.chat_template, tokenizer.eos_token_id])

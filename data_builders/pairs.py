@@ -7,6 +7,8 @@ others' rejected samples are spread evenly down to the worst-scored. Without sco
 Other prompts go by the distribution of their samples' scores: chosen is the best-scored, rejected the one whose score
 is nearest to a target (`PairingConfig.policy`): the lowest score, a quantile, or mean - k standard deviations.
 
+With `math_rule: false` prompts with a known answer go by their scores too; their verdicts are noted, not used.
+
 Samples that were cut off are left out before, and of samples with one text the first stands for all: `eligible`.
 """
 
@@ -30,10 +32,22 @@ class Candidate:
 
     index: int
     text: str
-    tokens: int
+    token_ids: list[int]
     finish_reason: str
     verdict: str | None
     score: float | None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What sampled: hash of the policy's weights (alignment.fingerprint), hash of its tokenizer (alignment.chat)."""
+
+    weights: str
+    tokenizer: str
 
 
 @dataclass(frozen=True)
@@ -76,13 +90,16 @@ def choose(candidates: Sequence[Candidate], config: PairingConfig, seed: str) ->
     if any(c.score is not None and not math.isfinite(c.score) for c in candidates):
         return Discard("a score is not finite")
     ordered = sorted(candidates, key=lambda c: c.index)
-    if all(c.verdict is None for c in ordered):
+    if not config.math_rule or all(c.verdict is None for c in ordered):
         return _by_distribution(ordered, config)
     return _by_verdict(ordered, config, seed)
 
 
-def pair_row(prompt: Row, pair: Pair) -> Row:
-    """A preference row in TRL's format, with what explains the choice; each list is [of chosen, of rejected]."""
+def pair_row(prompt: Row, pair: Pair, origin: Origin) -> Row:
+    """A preference row in TRL's format, with what explains the choice; each list is [of chosen, of rejected].
+
+    `token_ids` are those that were sampled, and `weights` and `tokenizer` say of which policy.
+    """
     both = (pair.chosen, pair.rejected)
     return {
         "id": f"{prompt['id']}/{pair.chosen.index}/{pair.rejected.index}",
@@ -96,6 +113,9 @@ def pair_row(prompt: Row, pair: Pair) -> Row:
         "ranks": None if pair.ranks is None else list(pair.ranks),
         "verdicts": [c.verdict for c in both],
         "tokens": [c.tokens for c in both],
+        "token_ids": [c.token_ids for c in both],
+        "weights": origin.weights,
+        "tokenizer": origin.tokenizer,
     }
 
 
@@ -139,13 +159,15 @@ def _by_distribution(candidates: Sequence[Candidate], config: PairingConfig) -> 
     target, wording = _target(scores, config)
     margin = max(config.minimum_margin, config.minimum_margin_sigmas * float(scores.std()))
     ranks = _ranks(candidates)
+    ignored = any(c.verdict is not None for c in ranked)
+    reason = f"best-scored, {wording}{'; by the reward alone, whatever the verdicts' if ignored else ''}"
     pairs: list[Pair] = []
     free = ranked
     for _ in range(config.per_prompt):
         rejected = _rejected(free, target, margin, config)
         if isinstance(rejected, Discard):
             return pairs or rejected
-        pairs.append(_pair(free[0], rejected, config.policy, f"best-scored, {wording}", ranks))
+        pairs.append(_pair(free[0], rejected, config.policy, reason, ranks))
         free = [c for c in free[1:] if c != rejected]
     return pairs
 

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment import atomic, job, models
+from alignment import atomic, chat, job, models
 from alignment.config import ModelConfig
 from alignment.evaluate import check_room
 from alignment.fingerprint import text_hash
@@ -38,7 +38,7 @@ from alignment.tally import Tally
 from alignment.verify import alarms, verdict_metrics, warn_of_alarms
 from data_builders.config import BuildConfig, PairingConfig, PreferencesConfig
 from data_builders.judge import judging
-from data_builders.pairs import Candidate, Discard, choose, eligible, pair_row
+from data_builders.pairs import Candidate, Discard, Origin, choose, eligible, pair_row
 from data_builders.sources import draw_prompts, expected_prompts
 
 Numbers = dict[str, float | int]
@@ -62,7 +62,8 @@ def run(config: PreferencesConfig) -> None:
             if config.shard is not None:
                 metrics = judge_shard(engine, tokenizer, prompts, config, Shard.parse(config.shard), **options)
             else:
-                writer = PairWriter(this.dir, config.pairing, config.evaluation_share, config.seed, ledger)
+                origin = origin_of(engine, tokenizer)
+                writer = PairWriter(this.dir, config.pairing, config.evaluation_share, config.seed, ledger, origin)
                 metrics = build(engine, tokenizer, prompts, config, this.dir, writer, **options)
         this.finish(metrics)
 
@@ -148,14 +149,25 @@ def _sampled(tally: Tally) -> Numbers:
     }
 
 
+def origin_of(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Origin:
+    """What the engine's samples come from, at present."""
+    return Origin(engine.weights, chat.tokenizer_hash(tokenizer))
+
+
 class PairWriter:
     """Pairs and rejects to their files, chunk by chunk, and the account of every prompt and sampled token."""
 
     def __init__(
-        self, folder: Path, pairing: PairingConfig, evaluation_share: float, seed: int, ledger: Ledger
+        self,
+        folder: Path,
+        pairing: PairingConfig,
+        evaluation_share: float,
+        seed: int,
+        ledger: Ledger,
+        origin: Origin,
     ) -> None:
         self._folder, self._pairing, self._share, self._seed = folder, pairing, evaluation_share, seed
-        self.ledger = ledger
+        self.ledger, self._origin = ledger, origin
         self._files: dict[str, TextIO] = {}
         self._counts: Counter[str] = Counter()
         self._pass_rates: list[float] = []
@@ -203,7 +215,7 @@ class PairWriter:
             return
         aside = _falls_aside(prompt["id"], self._share, self._seed)
         for pair in pairs:
-            self._write("evaluation" if aside else "pairs", pair_row(prompt, pair))
+            self._write("evaluation" if aside else "pairs", pair_row(prompt, pair, self._origin))
         self._counts["pairs.evaluation" if aside else "pairs"] += len(pairs)
         trained = sum({c.index: c.tokens for pair in pairs for c in (pair.chosen, pair.rejected)}.values())
         self.ledger.rows_out += 1
@@ -220,7 +232,7 @@ class PairWriter:
 
 def _candidate(sample: GradedSample) -> Candidate:
     return Candidate(
-        sample.index, sample.completion, len(sample.token_ids), sample.finish_reason, sample.verdict, sample.score
+        sample.index, sample.completion, sample.token_ids, sample.finish_reason, sample.verdict, sample.score
     )
 
 
@@ -234,23 +246,36 @@ def plan(config: PreferencesConfig) -> list[str]:
     for source in config.all_sources.values():
         first_rows(source.rows, "prompt")
     check_room(config.engine, config.sampling)
-    rule = "reward models" if config.reward_models else "at random"
     names = ", ".join(f"{s.rows}{f' ({s.quota})' if s.quota else ''}" for s in config.all_sources.values())
-    return [f"{config.sampling.n} samples a prompt of {names} from {config.model}, paired by the math rule, {rule}"]
+    return [f"{config.sampling.n} samples a prompt of {names} from {config.model}, paired by {rule(config)}"]
+
+
+def rule(config: BuildConfig) -> str:
+    """In words, by what samples are paired."""
+    if not config.pairing.math_rule:
+        return f"reward models alone, {config.pairing.policy}"
+    return f"the math rule, {'reward models' if config.reward_models else 'at random'}"
 
 
 def forecast(config: PreferencesConfig) -> list[str]:
     """Tokens, time and disk of the whole job, from the first prompts, sampled and judged for real."""
-    total = expected_prompts(config.all_sources)
-    tokenizer = models.load_tokenizer(ModelConfig(path=config.model))
-    first = islice(draw_prompts(config.all_sources, config.seed, Ledger()), MEASURED)
+    prompts = draw_prompts(config.all_sources, config.seed, Ledger())
+    return measured(config, config.model, config.dtype, prompts, config.seed, expected_prompts(config.all_sources))
+
+
+def measured(
+    config: BuildConfig, model: str, dtype: str, prompts: Iterable[Row], seed: int, total: int | None
+) -> list[str]:
+    """What `total` prompts will take, from the first of `prompts`, sampled and judged for real."""
+    tokenizer = models.load_tokenizer(ModelConfig(path=model))
+    first = islice(prompts, MEASURED)
     tally = Tally()
     with (
         TemporaryDirectory() as scratch,
-        open_engine(Path(config.model), config.engine, config.dtype) as engine,
+        open_engine(Path(model), config.engine, dtype) as engine,
     ):
         began = time.monotonic()
-        for _ in judged(engine, tokenizer, first, config, Path(scratch), tally, seed=config.seed, total=None):
+        for _ in judged(engine, tokenizer, first, config, Path(scratch), tally, seed=seed, total=None):
             pass
         seconds = (time.monotonic() - began) / tally.prompts
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file()) / tally.prompts

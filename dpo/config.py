@@ -79,7 +79,27 @@ class DPOConfig(JobConfig):
 class RoundConfig(Config):
     """What one round of online training samples and pairs."""
 
-    prompts: int = Field(ge=1, description="prompts drawn for a round, without repeats before all were drawn")
+    prompts: int = Field(ge=1, description="different prompts drawn for a round")
+    redraw: Literal["uniform", "pass_rate"] = Field(
+        "pass_rate", description="from round 2 on: each prompt once before any comes again, or by what its samples were"
+    )
+    logprob_gate: float | None = Field(
+        None,
+        gt=0,
+        description="mean gap a token, in nats, between engine and transformers that stops the run; "
+        "default: 1e-4 in float32, 0.02 in bfloat16",
+    )
+
+
+class StopConfig(Config):
+    """What ends online training before its last round; by default nothing does."""
+
+    patience: int | None = Field(
+        None, ge=1, description="rounds in a row without a gain in held-out pass@1; the best round's model is kept"
+    )
+    kl: float | None = Field(
+        None, gt=0, description="KL divergence from the starting policy, nats an answer; a round beyond it is not kept"
+    )
 
 
 class EvaluationConfig(Config):
@@ -101,9 +121,21 @@ class OnlineConfig(BuildConfig, JobConfig):
     evaluation: EvaluationConfig
     rounds: int = Field(2, ge=1)
     round: RoundConfig
+    stop: StopConfig = StopConfig()
+    reference: Literal["initial", "last_round"] = Field(
+        "last_round",
+        description="what a round's log-probabilities are held against: the run's first policy, or its own",
+    )
     loss: LossConfig = LossConfig()
     batch_size: int = Field(8, ge=1)
     training: TrainingConfig
+    lora: LoRAConfig | None = Field(None, description="train an adapter each round and go on from the merged model")
     accelerate: Path | None = Field(
         None, description="launcher config of the training ranks; default: this process's kind"
     )
+
+    @model_validator(mode="after")
+    def _a_model_to_sample_from(self) -> Self:
+        if self.lora is not None and not self.lora.merge:
+            raise ValueError("lora.merge: the engine samples from the merged model, so it has to be true")
+        return self

@@ -20,6 +20,7 @@ from alignment import chat
 from alignment.errors import UserError
 from alignment.ledger import Ledger
 
+SIDES = ("chosen", "rejected")
 COLUMNS = ["prompt_ids", "chosen_ids", "rejected_ids", "row", "pair_weight"]
 
 
@@ -28,19 +29,25 @@ def tokenize_pairs(
 ) -> tuple[Dataset, Ledger]:
     """Render and tokenize preference rows (`prompt`, `chosen`, `rejected`: lists of messages).
 
-    A completion is tokenized apart from its prompt, as an engine sees it when it samples, and ends with the end-of-turn
-    token. A row is dropped where prompt and longer completion exceed `max_length`: cut, a completion would teach not to
-    stop. The ledger counts completion tokens, of both sides.
+    A row with `token_ids` [chosen, rejected] trains on these, as they were sampled, where its `tokenizer` is this one
+    (alignment.chat.tokenizer_hash); of another one's, the text is tokenized anew, and the ledger counts it under
+    `retokenized`. Text is tokenized apart from its prompt, as an engine sees it when it samples, and ends with the
+    end-of-turn token. A row is dropped where prompt and longer completion exceed `max_length`: cut, a completion would
+    teach not to stop. The ledger counts completion tokens, of both sides.
 
     Raises:
-        UserError: a completion that is not one assistant message, or no row left.
+        UserError: a completion that is not one assistant message, token ids that are not those of its text, or no row
+            left.
     """
     ledger = Ledger()
+    own = chat.tokenizer_hash(tokenizer)
     pairs: list[dict[str, Any]] = []
     for row in rows:
         ledger.rows_in += 1
         prompt_ids = chat.render_prompt(tokenizer, list(row["prompt"]))
-        sides = [_completion_ids(tokenizer, row, side) for side in ("chosen", "rejected")]
+        sides = _sampled_ids(tokenizer, row) if row.get("tokenizer") == own else None
+        ledger.retokenized += sides is None and row.get("token_ids") is not None
+        sides = sides or [_completion_ids(tokenizer, row, side) for side in SIDES]
         tokens = sum(map(len, sides))
         ledger.tokens_in += tokens
         if len(prompt_ids) + max(map(len, sides)) > max_length:
@@ -63,12 +70,30 @@ def tokenize_pairs(
     return Dataset.from_list(pairs), ledger
 
 
+def _sampled_ids(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> list[list[int]] | None:
+    """The token ids that the row brings along, which end in the stop token and have its text; None: it has none."""
+    if row.get("token_ids") is None:
+        return None
+    sides = [[int(token) for token in ids] for ids in row["token_ids"]]
+    texts = tokenizer.batch_decode([ids[:-1] for ids in sides], clean_up_tokenization_spaces=False)
+    ends = [ids[-1:] for ids in sides]
+    if texts != [_text(row, side) for side in SIDES] or ends != [[chat.stop_token_id(tokenizer)]] * 2:
+        raise UserError(
+            f"row {row.get('id', '?')}: 'token_ids' are not those of its texts; leave them out where texts were changed"
+        )
+    return sides
+
+
 def _completion_ids(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], side: str) -> list[int]:
+    return chat.render_completion(tokenizer, _text(row, side))
+
+
+def _text(row: Mapping[str, Any], side: str) -> str:
     messages = row[side]
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = [message["role"] for message in messages]
         raise UserError(f"row {row.get('id', '?')}: {side!r} must be one assistant message, its roles are {roles}")
-    return chat.render_completion(tokenizer, messages[0]["content"])
+    return str(messages[0]["content"])
 
 
 def filler_pair(token_id: int) -> dict[str, Any]:

@@ -3,196 +3,161 @@
     python -m dpo.online --config configs/dpo/demo-online.yaml
 
 Round k samples from the policy that round k - 1 left behind, pairs the samples (data_builders.pairs) and trains on
-them with a `dpo.train` job of its own, on the ranks of `accelerate` where that is given. One vLLM engine lives through
-all rounds and takes each round's weights; it refuses weights whose log-probabilities are not those of transformers.
+them with a `dpo.train` job of its own, on the ranks of `accelerate` where that is given (dpo.rounds). One vLLM engine
+lives through all rounds and takes each round's weights; none is believed before its log-probabilities are those of
+transformers (dpo.policies). From round 2 on, prompts are drawn by what their samples were (dpo.drawing).
 
-Writes, for each round, `round_K/` with samples/, graded/, pairs.jsonl, rejects.jsonl, ledger.json, counts.json,
-`train/` (the job, with `model/`) and `evaluation/`. A killed run goes on where it was.
+Writes a folder for each round (dpo.rounds), `baseline/` where the config names none, and `model`, a link to the model
+of the round that is kept (dpo.stopping). A killed run goes on where it was.
 """
 
-import json
-import random
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import cycle, islice
+import os
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from alignment import atomic, job, launch, models
+from alignment import job, launch, models, training
 from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.evaluate import check_room, evaluate, pass_rate, read_prompts
-from alignment.fingerprint import weights_hash
-from alignment.ledger import Ledger
-from alignment.rollout import open_engine
-from alignment.rows import Row, first_rows, local_inputs, read_rows
+from alignment.rows import Row, local_inputs, read_rows
 from alignment.stats import Interval, paired_interval
-from data_builders.preferences import PairWriter, build
-from dpo.config import DPOConfig, OnlineConfig
+from data_builders.preferences import measured, rule
+from dpo.config import OnlineConfig
+from dpo.drawing import Seen, draw_prompts
+from dpo.policies import Policies
+from dpo.rounds import Numbers, evaluation_sampling, run_round, seen_in, training_settings
+from dpo.stopping import Decision, decide
 from dpo.train import check_loss
-
-Numbers = dict[str, float | int]
 
 
 def run(config: OnlineConfig) -> None:
     inputs = local_inputs(config.model, config.prompts, config.evaluation.prompts, *config.reward_models)
-    with job.Job.open("dpo.online", config, inputs) as this, _policies(config) as policies:
+    with job.Job.open("dpo.online", config, inputs) as this, Policies(config) as policies:
         if this.done:
             return
         prompts = list(read_rows(config.prompts, "prompt"))
         held_out = read_prompts(config.evaluation.prompts)
-        _check_disjoint(prompts, held_out, config)
-        metrics: Numbers = {}
         baseline = _baseline(policies, config, this.dir, held_out)
+        before = _pass_rates(baseline)
+        metrics: Numbers = {}
+        decision, stopped_by = Decision(None, 0, 0), "rounds"
+        seen: dict[str, Seen] = {}
+        accuracies, kls = [sum(before.values()) / len(before)], [0.0]
         for number in range(1, config.rounds + 1):
             folder = this.dir / f"round_{number}"
-            policy = Path(config.model) if number == 1 else this.dir / f"round_{number - 1}" / "train" / "model"
-            drawn = draw_prompts(prompts, config.round.prompts, number, config.seed)
+            policy = _model_of(number - 1, config, this.dir)
+            drawn = draw_prompts(
+                prompts, config.round.prompts, number, config.seed, redraw=config.round.redraw, seen=seen
+            )
             found = run_round(policies, config, policy, drawn, held_out, folder, config.seed + number)
-            found |= _against(baseline, folder / "evaluation")
+            if found is None and number == 1:
+                raise UserError(f"{folder}: no prompt gave a pair; rejects.jsonl says why")
+            if found is None:
+                stopped_by = "no pairs"
+                break
+            seen |= seen_in(folder)
+            accuracies.append(found["pass_at_1"])
+            kls.append(found["kl"])
+            decision = decide(accuracies, kls, config.stop)
+            found |= _change(before, baseline, folder / "evaluation") | {"rounds_without_gain": decision.without_gain}
             this.rewind(number - 1)
             this.log(step=number, **found)
             metrics |= {f"round_{number}.{key}": value for key, value in found.items()}
-            print(f"round {number}: pass@1 {found['pass_at_1']:.1%}, change {found['change']:+.1%}", flush=True)
-        this.finish(metrics)
+            print(
+                f"round {number}: pass@1 {found['pass_at_1']:.1%}, change {found['change']:+.1%}, KL {found['kl']:.2f}",
+                flush=True,
+            )
+            if decision.stop is not None:
+                stopped_by = decision.stop
+                break
+        _link(this.dir / "model", _model_of(decision.kept, config, this.dir))
+        print(f"ended after round {len(kls) - 1} by {stopped_by}; model: of round {decision.kept}", flush=True)
+        this.finish({**metrics, "rounds": len(kls) - 1, "stopped_by": stopped_by, "model.round": decision.kept})
 
 
-class Policies:
-    """The engine, started when it is first needed, with the weights that were last asked for."""
-
-    def __init__(self, config: OnlineConfig) -> None:
-        self.config = config
-        self.engine: Any = None
-        self.logprob_gap: float | None = None
-
-    def engine_with(self, model: Path) -> Any:
-        """The engine with the weights of `model`, loaded and proved if it held others."""
-        if self.engine is None:
-            self.engine = open_engine(model, self.config.engine, self.config.dtype)
-        elif self.engine.weights != weights_hash(model):
-            proof = self.engine.load_weights(model)
-            self.logprob_gap = None if proof is None else proof.gap
-        return self.engine
-
-    def close(self) -> None:
-        if self.engine is not None:
-            self.engine.close()
+def _model_of(number: int, config: OnlineConfig, folder: Path) -> Path:
+    """The model that a round left behind; 0 is the starting policy."""
+    return folder / f"round_{number}" / "train" / "model" if number else Path(config.model)
 
 
-@contextmanager
-def _policies(config: OnlineConfig) -> Iterator[Policies]:
-    policies = Policies(config)
-    try:
-        yield policies
-    finally:
-        policies.close()
-
-
-def draw_prompts(prompts: Sequence[Row], count: int, number: int, seed: int) -> list[Row]:
-    """The prompts of round `number`: each is drawn once before any is drawn again.
-
-    Raises:
-        UserError: more prompts a round than there are.
-    """
-    if count > len(prompts):
-        raise UserError(f"round.prompts: {count} wanted, but there are {len(prompts)}")
-    order = random.Random(f"{seed}/prompts").sample(list(prompts), len(prompts))
-    drawn = list(islice(cycle(order), (number - 1) * count, number * count))
-    return list({row["id"]: row for row in drawn}.values())
-
-
-def run_round(
-    policies: Policies,
-    config: OnlineConfig,
-    policy: Path,
-    prompts: Sequence[Row],
-    held_out: Sequence[Row],
-    folder: Path,
-    seed: int,
-) -> Numbers:
-    """Sample, pair, train and evaluate; every part that is there already is kept. Returns the round's metrics."""
-    counts = _pair(policies, config, policy, prompts, folder, seed)
-    if counts["pairs"] == 0:
-        raise UserError(f"{folder}: no prompt gave a pair of a correct and an incorrect answer; see rejects.jsonl")
-    train(config, policy, folder, seed)
-    trained = folder / "train" / "model"
-    engine = policies.engine_with(trained)
-    settings = config.sampling.model_copy(update={"n": config.evaluation.n})
-    evaluated = evaluate(engine, trained, held_out, settings, config.engine, config.seed, folder / "evaluation")
-    return {
-        **{f"sampling.{key}" if key in evaluated else key: value for key, value in counts.items()},
-        **evaluated,
-        "train_pass_rate": counts.get("pass_rate", 0.0),
-        "logprob_gap": policies.logprob_gap or 0.0,
-    }
-
-
-def _pair(
-    policies: Policies, config: OnlineConfig, policy: Path, prompts: Sequence[Row], folder: Path, seed: int
-) -> Numbers:
-    """Sample, judge and pair the round's prompts. Returns the counts, which are kept in counts.json."""
-    kept = folder / "counts.json"
-    if kept.exists():
-        found: Numbers = json.loads(kept.read_text(encoding="utf-8"))
-        return found
-    began = time.monotonic()
-    tokenizer = models.load_tokenizer(ModelConfig(path=str(policy)))
-    writer = PairWriter(folder, config.pairing, 0.0, seed, Ledger())
-    engine = policies.engine_with(policy)
-    counts = build(engine, tokenizer, prompts, config, folder, writer, seed=seed, total=len(prompts))
-    counts |= {"sampling_seconds": time.monotonic() - began}
-    atomic.write_json(kept, counts)
-    return counts
-
-
-def train(config: OnlineConfig, policy: Path, folder: Path, seed: int) -> None:
-    """Run the round's dpo.train job as a command of its own.
-
-    Raises:
-        job.RankFailed: the job failed; its message has been printed.
-    """
-    settings = DPOConfig(
-        output_dir=folder / "train",
-        seed=seed,
-        model=ModelConfig(path=str(policy), dtype=config.dtype),
-        rows=str(folder / "pairs.jsonl"),
-        loss=config.loss,
-        batch_size=config.batch_size,
-        max_length=config.engine.max_model_len,
-        training=config.training,
-    )
-    path = folder / "train.yaml"
-    atomic.write_text(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    code = launch.run_command(launch.job_command("dpo.train", path, accelerate=config.accelerate))
-    if code != job.EXIT_OK:
-        raise job.RankFailed(code)
+def _link(link: Path, target: Path) -> None:
+    """Make `link` lead to the folder `target`, by a relative path, so that the run can be moved as a whole."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+    temporary.replace(link)
 
 
 def _baseline(policies: Policies, config: OnlineConfig, folder: Path, held_out: Sequence[Row]) -> Path:
     """The folder of the starting policy's evaluation: the one that the config names, or one made here."""
     if config.evaluation.baseline is not None:
         return Path(config.evaluation.baseline)
-    model = Path(config.model)
-    settings = config.sampling.model_copy(update={"n": config.evaluation.n})
     target = folder / "baseline"
     if not (target / "by_prompt.jsonl").exists():
-        evaluate(policies.engine_with(model), model, held_out, settings, config.engine, config.seed, target)
+        model = Path(config.model)
+        engine = policies.engine_with(model, held_out)
+        evaluate(engine, model, held_out, evaluation_sampling(config), config.engine, config.seed, target)
     return target
 
 
-def _against(baseline: Path, evaluation: Path) -> Numbers:
+def _pass_rates(evaluation: Path) -> dict[str, float]:
+    return {row["id"]: pass_rate(row) for row in read_rows(evaluation / "by_prompt.jsonl")}
+
+
+def _change(before: dict[str, float], baseline: Path, evaluation: Path) -> Numbers:
     """The paired change of pass@1 against the starting policy, prompt by prompt."""
-    before, after = (
-        {row["id"]: pass_rate(row) for row in read_rows(folder / "by_prompt.jsonl")}
-        for folder in (baseline, evaluation)
-    )
+    after = _pass_rates(evaluation)
     if before.keys() != after.keys():
         raise UserError(f"{baseline}: evaluated other prompts than {evaluation}; the two cannot be paired")
     change: Interval = paired_interval(list(before.values()), [after[name] for name in before])
     return {**change.as_metrics("change")}
+
+
+# What is refused before anything runs
+
+
+def plan(config: OnlineConfig) -> list[str]:
+    check_loss(config.loss)
+    for folder in (config.model, *config.reward_models):
+        models.check_model(ModelConfig(path=folder))
+    check_room(config.engine, config.sampling)
+    if config.accelerate is not None and not config.accelerate.is_file():
+        raise UserError(f"accelerate: {config.accelerate}: no such launcher config")
+    prompts = list(read_rows(config.prompts, "prompt"))
+    held_out = read_prompts(config.evaluation.prompts)
+    _check_disjoint(prompts, held_out, config)
+    _check_baseline(held_out, config)
+    draw_prompts(prompts, config.round.prompts, 1, config.seed, redraw="uniform", seen={})
+    settings = training_settings(config, Path(config.model), config.output_dir / "round_1", config.seed)
+    with launch.planned_ranks(config.accelerate):
+        ranks, memory = training.world_size(), training.check_parallel(settings.model)
+    batch = config.batch_size * ranks * config.training.accumulation
+    pairs = config.round.prompts * config.pairing.per_prompt
+    samples = config.round.prompts * config.sampling.n
+    return [
+        f"{config.rounds} rounds of {config.round.prompts} prompts x {config.sampling.n} = {samples} samples",
+        f"prompts: {len(prompts)} to draw from, {config.round.redraw}; paired by {rule(config)}",
+        f"evaluation: {len(held_out)} prompts x {config.evaluation.n} after each round",
+        f"training: {config.loss.type}, at most {pairs} pairs a round, reference {config.reference}",
+        f"step: {ranks} ranks x {config.training.accumulation} x {config.batch_size} = {batch} pairs, at most "
+        f"{-(-pairs // batch) * config.training.epochs} steps a round",
+        *memory,
+    ]
+
+
+def forecast(config: OnlineConfig) -> list[str]:
+    """Tokens, time and disk of the sampling of all rounds, from a few prompts sampled and judged for real."""
+    held_out = read_prompts(config.evaluation.prompts)
+    evaluations = config.rounds + (config.evaluation.baseline is None)
+    answers = len(held_out) * config.evaluation.n * evaluations
+    prompts = config.rounds * config.round.prompts
+    first = islice(read_rows(config.prompts, "prompt"), config.round.prompts)
+    return [
+        *measured(config, config.model, config.dtype, first, config.seed, prompts),
+        f"and {evaluations} evaluations: {answers:,} samples, as many as of {answers / config.sampling.n:,.0f} prompts "
+        "more; the training's time is not in it",
+    ]
 
 
 def _check_disjoint(prompts: Sequence[Row], held_out: Sequence[Row], config: OnlineConfig) -> None:
@@ -204,21 +169,22 @@ def _check_disjoint(prompts: Sequence[Row], held_out: Sequence[Row], config: Onl
         )
 
 
-def plan(config: OnlineConfig) -> list[str]:
-    check_loss(config.loss)
-    for folder in (config.model, *config.reward_models):
-        models.check_model(ModelConfig(path=folder))
-    first_rows(config.prompts, "prompt")
-    first_rows(config.evaluation.prompts, "prompt")
-    check_room(config.engine, config.sampling)
-    if config.accelerate is not None and not config.accelerate.is_file():
-        raise UserError(f"accelerate: {config.accelerate}: no such launcher config")
-    samples = config.round.prompts * config.sampling.n
-    return [f"{config.rounds} rounds of {config.round.prompts} prompts x {config.sampling.n} = {samples} samples"]
+def _check_baseline(held_out: Sequence[Row], config: OnlineConfig) -> None:
+    baseline = config.evaluation.baseline
+    if baseline is None:
+        return
+    if not (Path(baseline) / "by_prompt.jsonl").is_file():
+        raise UserError(f"evaluation.baseline: {baseline}: not an alignment.evaluate run: it has no by_prompt.jsonl")
+    found, expected = set(_pass_rates(Path(baseline))), {row["id"] for row in held_out}
+    if found != expected:
+        raise UserError(
+            f"evaluation.baseline: {baseline}: evaluated other prompts than {config.evaluation.prompts}: "
+            f"only one of them has {min(found ^ expected)!r}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return job.main(OnlineConfig, run, plan, argv)
+    return job.main(OnlineConfig, run, plan, argv, forecast)
 
 
 if __name__ == "__main__":

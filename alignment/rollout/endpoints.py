@@ -73,8 +73,8 @@ class _Success(BaseModel):
 class EndpointEngine(Closing):
     """Samples of a model folder from the servers in `config.endpoints`. Use as a context manager, or `close()` it."""
 
-    def __init__(self, model: Path, config: EngineConfig, *, dtype: str = "float32") -> None:
-        """The servers serve `model`, in `dtype`.
+    def __init__(self, model: Path, config: EngineConfig, *, dtype: str = "float32", reload: bool = False) -> None:
+        """The servers serve `model`, in `dtype`, or with `reload` any of its shape and load it now.
 
         Raises:
             UserError: a server serves other weights, does not draw from seeds, or takes shorter prompts than
@@ -90,7 +90,8 @@ class EndpointEngine(Closing):
             "max_model_len": config.max_model_len,
         }
         self._folder, self._dtype = model, dtype
-        self._loaded: Path | None = None  # what the servers were told to load since they started
+        # what the servers were told to load since they started
+        self._loaded: Path | None = model.resolve() if reload else None
         self._shape = shape_of(model)
         self._probe = probe(model, config.max_model_len)
         [self._reference] = reference_logprobs(model, [self._probe], dtype)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment.chat import render_prompt, stop_token_id
+from alignment.chat import render_prompt, stop_token_id, tokenizer_hash
 from alignment.config import SamplingConfig
 from alignment.errors import UserError
-from alignment.fingerprint import value_hash
 from alignment.rollout.samples import Engine, Sample
 from alignment.rollout.seeds import sample_seed
 from alignment.rollout.store import Completion, SampleStore
@@ -72,7 +71,7 @@ def sample(
     made_from = {
         "weights": engine.weights,
         "engine": dict(engine.settings),
-        "tokenizer": value_hash([tokenizer.get_vocab(), tokenizer.chat_template]),
+        "tokenizer": tokenizer_hash(tokenizer),
         "sampling": sampling.model_dump(exclude={"n"}),
         "stop": stop_token_id(tokenizer),
         "seed": seed,

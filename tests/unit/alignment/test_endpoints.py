@@ -159,6 +159,26 @@ def test_weights_that_a_server_cannot_load_are_refused_with_the_command(tiny_mod
     assert "--reloadable" in str(caught.value)
 
 
+def test_servers_with_other_weights_load_what_a_resumed_run_opens_them_with(tiny_model_folder, server):
+    """As a killed run leaves them; without `reload` they are refused."""
+    right, server.scores = server.scores, [score - 1 for score in server.scores]
+    with pytest.raises(UserError, match="differ by 1 on average"):
+        opened(tiny_model_folder, server)
+    asked = []
+
+    def answer(path: str, body: Any) -> Any:
+        if path not in ("/collective_rpc", "/reset_prefix_cache"):
+            return server.complete(path, body)
+        asked.append(body)
+        server.scores = right
+        return {"success": True}
+
+    server.answer = answer
+    config = EngineConfig(max_model_len=64, endpoints=[server.address], requests=REQUESTS)
+    EndpointEngine(tiny_model_folder, config, reload=True).close()
+    assert asked == [{"method": "load_folder", "args": [str(tiny_model_folder.resolve())]}, {}]
+
+
 def test_the_place_of_the_samples_does_not_depend_on_the_addresses(tiny_model_folder, server):
     other = Scripted(tiny_model_folder)
     with opened(tiny_model_folder, server) as one, opened(tiny_model_folder, other) as two:

@@ -19,6 +19,7 @@ def test_ledger_adds_up_and_is_written(tmp_path: Path) -> None:
         "tokens_in": 100,
         "tokens_trained": 30,
         "tokens_dropped": 60,
+        "retokenized": 0,
         "truncated": 0,
     }
 

@@ -6,13 +6,13 @@ import pytest
 
 from data_builders import pairs as pairing
 from data_builders.config import PairingConfig
-from data_builders.pairs import Candidate, Discard, Pair, eligible, pair_row
+from data_builders.pairs import Candidate, Discard, Origin, Pair, eligible, pair_row
 
 
 def candidate(
     index: int, verdict: str | None, score: float | None = None, text: str | None = None, tokens: int = 5
 ) -> Candidate:
-    return Candidate(index, f"text {index}" if text is None else text, tokens, "stop", verdict, score)
+    return Candidate(index, f"text {index}" if text is None else text, [7] * tokens, "stop", verdict, score)
 
 
 def choose(candidates: list[Candidate], count: int, seed: str, **settings: object) -> list[Pair] | Discard:
@@ -126,7 +126,7 @@ def test_a_row_says_where_it_comes_from() -> None:
     prompt = {"id": "p", "kind": "math", "language": "id", "prompt": [{"role": "user", "content": "?"}], "answer": "3"}
     pairs = choose([candidate(4, "correct", 0.5), candidate(7, "wrong", 0.25)], 1, "s")
     assert isinstance(pairs, list)
-    assert pair_row(prompt, pairs[0]) == {
+    assert pair_row(prompt, pairs[0], Origin("w", "t")) == {
         "id": "p/4/7",
         "kind": "math",
         "language": "id",
@@ -139,7 +139,24 @@ def test_a_row_says_where_it_comes_from() -> None:
         "ranks": [1, 2],
         "verdicts": ["correct", "wrong"],
         "tokens": [5, 5],
+        "token_ids": [[7] * 5, [7] * 5],
+        "weights": "w",
+        "tokenizer": "t",
     }
+
+
+def test_without_the_math_rule_the_reward_alone_decides() -> None:
+    """A wrong answer with the highest score is chosen, and prompts without a correct one give pairs too."""
+    samples = [candidate(0, "correct", 0.5), candidate(1, "wrong", 9.0), candidate(2, "wrong", 0.25)]
+    pairs = choose(samples, 1, "s", math_rule=False)
+    assert indices(pairs) == [(1, 2)]
+    assert isinstance(pairs, list) and pairs[0].policy == "best_worst"
+    assert pairs[0].reason == "best-scored, lowest-scored; by the reward alone, whatever the verdicts"
+    assert pair_row({"id": "p", "prompt": []}, pairs[0], Origin("w", "t"))["verdicts"] == ["wrong", "wrong"]
+    assert indices(choose(samples[1:], 1, "s", math_rule=False)) == [(1, 2)]
+    assert choose(samples[1:], 1, "s") == Discard("none correct")
+    unscored = [candidate(0, "correct"), candidate(1, "wrong")]
+    assert choose(unscored, 1, "s", math_rule=False) == Discard("no answer to verify and no reward model")
 
 
 SCORES = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]  # mean 4, standard deviation 2.582, first quartile 2
@@ -197,7 +214,7 @@ def test_scores_that_are_not_finite_are_refused(score: float) -> None:
 
 
 def test_cut_off_samples_are_not_eligible_and_of_equal_texts_the_first_is() -> None:
-    cut = Candidate(0, "a", 5, "length", "correct", 9.0)
+    cut = Candidate(0, "a", [7] * 5, "length", "correct", 9.0)
     samples = [candidate(3, "wrong", 0.0, "b"), candidate(2, "wrong", 0.0, "b"), cut, candidate(1, "correct", 0.0, "a")]
     assert [c.index for c in eligible(samples)] == [1, 2]
     assert choose([cut], 1, "s") == Discard("every sample cut off")

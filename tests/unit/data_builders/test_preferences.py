@@ -13,6 +13,7 @@ from alignment.grading import GradedChunk, GradedSample
 from alignment.ledger import Ledger
 from alignment.rows import write_rows
 from data_builders.config import PairingConfig, PreferencesConfig, SourceConfig
+from data_builders.pairs import Origin
 from data_builders.preferences import PairWriter, with_shard
 from data_builders.sources import draw_prompts, expected_prompts
 
@@ -29,6 +30,7 @@ def graded(name: str, *samples: tuple[str, str]) -> list[GradedSample]:
     ]
 
 
+ORIGIN = Origin("weights", "tokenizer")
 Files = dict[str, list[dict[str, Any]]]
 
 
@@ -38,7 +40,7 @@ def chunk(*prompts: tuple[str, list[GradedSample] | None]) -> GradedChunk:
 
 def pair(folder: Path, *chunks: GradedChunk, share: float = 0.0, seed: int = 0, count: int = 3) -> tuple[Files, Any]:
     """What is written, and the counts."""
-    writer = PairWriter(folder, PairingConfig(per_prompt=count), share, seed, Ledger())
+    writer = PairWriter(folder, PairingConfig(per_prompt=count), share, seed, Ledger(), ORIGIN)
     with writer.files():
         for one in chunks:
             writer.add(one)
@@ -123,7 +125,7 @@ def test_prompts_set_aside_for_evaluation_are_not_trained_on(tmp_path: Path) -> 
 
 
 def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
-    writer = PairWriter(tmp_path, PairingConfig(), 0.5, 0, Ledger())
+    writer = PairWriter(tmp_path, PairingConfig(), 0.5, 0, Ledger(), ORIGIN)
     with pytest.raises(AttributeError), writer.files():
         writer.add(chunk(*PROMPTS, ("broken", [None])))  # type: ignore[list-item]
     assert not list(tmp_path.iterdir())
@@ -136,6 +138,8 @@ def test_a_shard_is_an_override() -> None:
         "shard=2/8",
         "seed=1",
     ]
+    with pytest.raises(ValidationError, match=r"pairs by reward alone, and 'reward_models' names none"):
+        PreferencesConfig(output_dir=Path("x"), model="m", prompts="p", pairing=PairingConfig(math_rule=False))
     with pytest.raises(ValidationError, match="the first number is 1 to the second"):
         PreferencesConfig(output_dir=Path("x"), model="m", prompts="p", shard="9/8")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from alignment import chat
 from alignment.errors import UserError
 from dpo.data import PairCollator, ShuffledFillersLast, fill, filler_pair, tokenize_pairs
 
@@ -41,6 +42,55 @@ def test_a_completion_of_several_turns_is_refused(
     bad = rows[0] | {"chosen": rows[0]["prompt"] + rows[0]["chosen"]}
     with pytest.raises(UserError, match=r"row row-0: 'chosen' must be one assistant message.*'user', 'assistant'"):
         tokenize_pairs([bad], tokenizer, max_length=100)
+
+
+def sampled(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The text in single letters: ids that its tokenization would not give."""
+    letters = [i for letter in text for i in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    return [*letters, tokenizer.eos_token_id]
+
+
+@pytest.fixture
+def sampled_row(tiny_tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    texts = ("A shirt costs 12.5", "the answer is 45")
+    return {
+        "id": "s",
+        "prompt": [{"role": "user", "content": "3 shirts?"}],
+        **{side: [{"role": "assistant", "content": t}] for side, t in zip(("chosen", "rejected"), texts, strict=True)},
+        "token_ids": [sampled(tiny_tokenizer, t) for t in texts],
+        "tokenizer": chat.tokenizer_hash(tiny_tokenizer),
+    }
+
+
+def test_sampled_ids_are_trained_on_as_they_are(
+    tiny_tokenizer: PreTrainedTokenizerBase, sampled_row: dict[str, Any]
+) -> None:
+    pairs, ledger = tokenize_pairs([sampled_row], tiny_tokenizer, max_length=200)
+    from_text, _ = tokenize_pairs([sampled_row | {"token_ids": None}], tiny_tokenizer, max_length=200)
+    assert [pairs[0]["chosen_ids"], pairs[0]["rejected_ids"]] == sampled_row["token_ids"]
+    assert len(from_text[0]["chosen_ids"]) < len(pairs[0]["chosen_ids"]), "the text would give other tokens"
+    assert from_text[0]["prompt_ids"] == pairs[0]["prompt_ids"]
+    assert ledger.retokenized == 0
+
+
+def test_ids_of_another_tokenizer_are_not_taken_and_the_row_is_counted(
+    tiny_tokenizer: PreTrainedTokenizerBase, sampled_row: dict[str, Any]
+) -> None:
+    other = sampled_row | {"tokenizer": "of another template"}
+    pairs, ledger = tokenize_pairs([other, sampled_row], tiny_tokenizer, max_length=200)
+    assert pairs[0]["chosen_ids"] == chat.render_completion(tiny_tokenizer, "A shirt costs 12.5")
+    assert pairs[1]["chosen_ids"] == sampled_row["token_ids"][0]
+    assert ledger.as_dict()["retokenized"] == 1
+
+
+def test_ids_beside_a_text_that_was_changed_are_refused(
+    tiny_tokenizer: PreTrainedTokenizerBase, sampled_row: dict[str, Any]
+) -> None:
+    changed = sampled_row | {"rejected": [{"role": "assistant", "content": "the answer is 46"}]}
+    without_stop = sampled_row | {"token_ids": [sampled_row["token_ids"][0], sampled_row["token_ids"][1][:-1]]}
+    for row in (changed, without_stop, sampled_row | {"token_ids": sampled_row["token_ids"][::-1]}):
+        with pytest.raises(UserError, match="row s: 'token_ids' are not those of its texts"):
+            tokenize_pairs([row], tiny_tokenizer, max_length=200)
 
 
 def test_fill_completes_the_global_batch_with_weightless_pairs(
