@@ -125,7 +125,7 @@ def test_first_gradients_of_aot_over_two_ranks(runs: Path, name: str) -> None:
 def test_trls_aot_depends_on_how_a_step_is_cut(runs: Path) -> None:
     """On one process it sorts the 8 pairs of the step, on two ranks 2 at a time: the first step's loss is another."""
     ours, theirs = (record(runs, name)["log"][0]["loss"] for name in ("aot micro", "two: aot micro"))
-    assert abs(ours - theirs) > 1e-2
+    assert abs(ours - theirs) > 1e-3
 
 
 def test_an_adapter_trained_on_split_experts_is_plain_pefts_and_merges(runs: Path, tmp_path: Path) -> None:
