@@ -50,7 +50,7 @@ def run(config: DPOConfig) -> None:
         trainer.save_model(str(this.dir / "model"))
         if this.is_main:
             ledger.write(this.dir / "ledger.json")
-        this.finish(metrics | {"pairs": len(pairs)})
+        this.finish({**metrics, "pairs": len(pairs), **trainer.forward_metrics})
 
 
 def arguments(this: job.Job, config: DPOConfig) -> PreferenceArguments:

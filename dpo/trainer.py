@@ -201,6 +201,11 @@ class PreferenceTrainer(DPOTrainer):
             self._way = choose_way(self.model_wrapped, causal_model(self.model))
             cast(PairCollator, self.data_collator).packed = not self._way.padded
 
+    @property
+    def forward_metrics(self) -> dict[str, int | str]:
+        """Whether pairs took the fast way through the model, and why not; nothing of TRL's losses."""
+        return {} if self._way is None else self._way.metrics
+
     # Reference
 
     def prepare_references(self) -> None:
