@@ -93,7 +93,8 @@ def run(config: DPOConfig) -> None:
             ledger.write(this.dir / "ledger.json")
         if this.is_main and measured is not None:
             eval_ledger.write(this.dir / "eval_ledger.json")
-        this.finish(metrics | figures(trainer.state.log_history) | {"pairs": len(pairs)} | _counts(eval_ledger))
+        measured_by = figures(trainer.state.log_history) | _counts(eval_ledger)
+        this.finish({**metrics, **measured_by, "pairs": len(pairs), **trainer.forward_metrics})
 
 
 def _evaluation(

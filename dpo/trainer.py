@@ -305,6 +305,11 @@ class PreferenceTrainer(DPOTrainer):
             self._way = choose_way(self.model_wrapped, causal_model(self.model))
             self._collate.packed = not self._way.padded
 
+    @property
+    def forward_metrics(self) -> dict[str, int | str]:
+        """Whether pairs took the fast way through the model, and why not; nothing of TRL's losses."""
+        return {} if self._way is None else self._way.metrics
+
     # Reference
 
     def store_references(self) -> None:

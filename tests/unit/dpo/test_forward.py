@@ -1,5 +1,6 @@
 """One forward over pairs: packed, padded on either side and whole softmax agree, and pairs do not see each other."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,7 @@ FALLBACKS: dict[str, tuple[PreTrainedConfig, str, str]] = {
 
 def make(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # which it would share
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("mlp.gate.weight"):  # they start at zero, which is an even choice
@@ -91,7 +92,7 @@ LAYOUTS: dict[str, Callable[[list[dict[str, Any]]], dict[str, Any]]] = {
 }
 
 
-def one_by_one(model: PreTrainedModel, pairs: list[dict[str, Any]]) -> Completions:
+def one_by_one(model: Any, pairs: list[dict[str, Any]]) -> Completions:
     """Every sequence alone, by whole logits and all hidden states."""
     batch: dict[str, Any] = PairCollator(0)(pairs)
     mask = batch["completion_mask"]
@@ -200,21 +201,22 @@ def test_adapters_and_a_frozen_copy() -> None:
     """The adapter's model goes through peft; a copy that no probe has seen gets the attention of the policy."""
     base, pairs = make(PACKED["llama"]), draw_pairs()
     frozen = make(PACKED["llama"])
+    expected = one_by_one(frozen, pairs)
     torch.manual_seed(1)
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     way = choose_way(adapted, causal_model(adapted))
     assert way == Way()
     found = forward(adapted, LAYOUTS["packed"](pairs), way)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(forward(adapted, LAYOUTS["packed"](pairs), way), expected, atol=LIMIT, rtol=0)
+    of_copy = forward(frozen, LAYOUTS["packed"](pairs), way)
+    torch.testing.assert_close(of_copy, expected, atol=LIMIT, rtol=0)
+    assert (of_copy.logps - found.logps).abs().max() > 0.1
     base.set_attn_implementation("sdpa")
     alone = one_by_one(adapted, pairs)
     torch.testing.assert_close(found, alone, atol=LIMIT, rtol=0)
     grads = gradients(adapted, loss_of(alone))
     torch.testing.assert_close(gradients(adapted, loss_of(found)), grads, atol=LIMIT, rtol=0)
-    with adapted.disable_adapter():
-        switched_off = forward(adapted, LAYOUTS["packed"](pairs), way)
-    copy = forward(frozen, LAYOUTS["packed"](pairs), way)
-    torch.testing.assert_close(switched_off, copy, atol=LIMIT, rtol=0)
-    assert (copy.logps - found.logps).abs().max() > 0.1
 
 
 def test_an_adapter_on_the_head_keeps_whole_logits() -> None:
@@ -227,7 +229,7 @@ def test_an_adapter_on_the_head_keeps_whole_logits() -> None:
     torch.testing.assert_close(found.logps, one_by_one(adapted, pairs).logps, atol=LIMIT, rtol=0)
 
 
-def test_a_head_without_linear_product_or_call_is_left_as_it_was() -> None:
+def test_the_head_is_left_as_it_was() -> None:
     """The head's own forward is back after every call, also after one that failed."""
     model, pairs = make(PACKED["llama"]), draw_pairs()
     batch: Any = LAYOUTS["right"](pairs)
@@ -238,7 +240,7 @@ def test_a_head_without_linear_product_or_call_is_left_as_it_was() -> None:
     assert model(batch["input_ids"]).logits.shape[-1] == VOCAB
 
 
-def test_an_empty_completion_and_a_row_without_any() -> None:
+def test_empty_completions() -> None:
     model, (pair, *_) = make(PACKED["llama"]), draw_pairs()
     way = choose_way(model, model)
     full = forward(model, LAYOUTS["packed"]([pair]), way)

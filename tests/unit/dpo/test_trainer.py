@@ -149,6 +149,8 @@ def test_padded_rows_train_as_packed_ones_do(
     padded = make(model, **settings, output_dir=str(tmp_path / "padded"))
     torch.testing.assert_close(trained(padded), weights, rtol=0, atol=1e-5)
     assert [trainer.data_collator.packed for trainer in (packed, padded)] == [True, False]
+    assert packed.forward_metrics == {"forward.padded": 0, "forward.whole_logits": 0}
+    assert padded.forward_metrics == packed.forward_metrics | {"forward.padded": 1, "forward.reason": "asked for"}
     for key in ("loss", "rewards/margins", "ot/mass", "kl"):
         assert logged(padded, key) == pytest.approx(logged(packed, key), abs=1e-5), key
 
