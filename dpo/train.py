@@ -52,11 +52,11 @@ def run(config: DPOConfig) -> None:
             router=config.training.router,
         )
         metrics = training.train(trainer, this)
-        trainer.save_model(str(this.dir / "model"))
         if trainer.args.transport:
             examples = inspect_pairs.examples(trainer.weigh, pairs, tokenizer, config.batch_size)
             if this.is_main:
                 inspect_pairs.write(this.dir, examples)
+        trainer.save_model(str(this.dir / "model"))
         if this.is_main:
             ledger.write(this.dir / "ledger.json")
         this.finish(metrics | {"pairs": len(pairs)})
