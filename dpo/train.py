@@ -84,11 +84,11 @@ def run(config: DPOConfig) -> None:
         metrics = training.train(trainer, this)
         if measured is not None:
             trainer.evaluate()
-        training.save(trainer, this, config.model, config.lora)
         if trainer.args.transport:
             examples = inspect_pairs.examples(trainer.weigh, pairs, tokenizer, config.batch_size)
             if this.is_main:
                 inspect_pairs.write(this.dir, examples)
+        training.save(trainer, this, config.model, config.lora)
         if this.is_main:
             ledger.write(this.dir / "ledger.json")
         if this.is_main and measured is not None:

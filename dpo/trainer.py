@@ -308,7 +308,7 @@ class PreferenceTrainer(DPOTrainer):
     @property
     def forward_metrics(self) -> dict[str, int | str]:
         """Whether pairs took the fast way through the model, and why not; nothing of TRL's losses."""
-        return {} if self._way is None else self._way.metrics
+        return self._way.metrics if self.ours and self._way is not None else {}
 
     # Reference
 
