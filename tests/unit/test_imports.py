@@ -88,6 +88,7 @@ JOBS = {
     "data_builders.synthesize": "data_builders.config.SynthesizeConfig",
     "data_builders.preferences": "data_builders.config.PreferencesConfig",
     "data_builders.questions": "data_builders.config.QuestionsConfig",
+    "data_builders.decontaminate": "data_builders.config.DecontaminateConfig",
     "dpo.train": "dpo.config.DPOConfig",
     "dpo.online": "dpo.config.OnlineConfig",
 }
