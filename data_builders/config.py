@@ -117,3 +117,21 @@ class DecontaminateConfig(JobConfig):
     words: float = Field(0.6, gt=0, le=1, description="share of an evaluation row, at least, in its own words")
     renumbered: float = Field(0.75, gt=0, le=1, description="the same where numbers do not count")
     workers: int | None = Field(None, ge=1, description="processes that search; default: one for each core")
+
+
+class NearDuplicatesConfig(Config):
+    """Near-duplicates by MinHash (Broder 1997, On the resemblance and containment of documents)."""
+
+    similarity: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of two rows' runs of words, at least")
+    run: int = Field(3, ge=1, description="words of a run")
+    permutations: int = Field(128, ge=16, description="hash functions; more estimate the similarity better")
+
+
+class DeduplicateConfig(JobConfig):
+    """Rows of which each says something new; of those alike the first stays."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows of any kind")
+    column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
+    turns: Literal["user", "all"] = Field("user", description="which messages are compared")
+    near: NearDuplicatesConfig | None = Field(NearDuplicatesConfig(), description="null: exact duplicates alone")
+    workers: int | None = Field(None, ge=1, description="processes that hash; default: one for each core")

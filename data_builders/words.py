@@ -12,8 +12,9 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 WORD = regex.compile(rf"[{UNSPACED}]\p{{M}}*|\p{{N}}+(?:[.,]\p{{N}}+)*|[[\p{{L}}\p{{M}}]--[{UNSPACED}]]+", regex.V1)
 NUMBER = regex.compile(r"\p{N}+(?:[.,]\p{N}+)*")
 THOUSANDS = regex.compile(r"(?<=\p{N}),(?=\p{N}{3}(?!\p{N}))")
-# Ends of sentences and quotes; operators and brackets stay, since 5 + 3 is not 5 - 3
-PUNCTUATION = regex.compile(r"[\"'“”‘’«»]|[.,;:!?。，；：！？、…]+(?=\s|$)")
+# Quotes, and what parts sentences; operators and brackets stay, since 5 + 3 is not 5 - 3, nor 5! what 5 is.
+PUNCTUATION = regex.compile(r"[\"'“”‘’«»、。…]|[.,;:?]+(?!\p{N})|(?<=\p{L}{2})!+")
+TOKEN = regex.compile(rf"{WORD.pattern}|\S", regex.V1)
 
 
 def words(text: str) -> list[str]:
@@ -21,8 +22,13 @@ def words(text: str) -> list[str]:
     return WORD.findall(_folded(text))
 
 
+def tokens(text: str) -> list[str]:
+    """Words, and each sign that `normalised` leaves."""
+    return TOKEN.findall(normalised(text))
+
+
 def normalised(text: str) -> str:
-    """The text without quotes and the punctuation at the ends of words, with single spaces.
+    """The text without quotes and the marks that part sentences, with single spaces.
 
     What is nothing but punctuation stays as it is.
     """

@@ -1,6 +1,6 @@
 import pytest
 
-from data_builders.words import is_number, normalised, renumbered, words
+from data_builders.words import is_number, normalised, renumbered, tokens, words
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,13 @@ def test_operators_tell_texts_apart_and_punctuation_does_not() -> None:
     assert normalised("What is 5+3?") == normalised("what  is\n5+3") != normalised("What is 5-3?")
     assert normalised('He said: "no".') == "he said no"
     assert normalised("3.5") == "3.5" and normalised("f(x), g(x)") == "f(x) g(x)"
-    assert normalised("?!") == "?!", "what is nothing but punctuation stays"
+    assert normalised("Is 5! = n! odd!") == "is 5! = n! odd" and normalised("好，我们 走！") == "好 我们 走!"
+    assert normalised("?..") == "?..", "what is nothing but punctuation stays"
     assert renumbered("3 of 1,200.50 for $7.") == "0 of 0 for $0"
+
+
+def test_tokens_are_words_and_signs() -> None:
+    assert tokens("C++ is 5-3, or C?") == ["c", "+", "+", "is", "5", "-", "3", "or", "c"]
 
 
 def test_a_number_is_a_word_that_begins_with_a_digit_of_any_script() -> None:
