@@ -25,16 +25,36 @@ TURN_START, TURN_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK_START, THINK_END = "<think>", "</think>"
 ADD_MARKS = "add {% generation %} marks to the chat template"
 
-# The stop token belongs to what the assistant wrote, so it is trained; the newline after it is not.
+THINKING_PROMPT = f"Think step by step between {THINK_START} and {THINK_END}, then answer."
+
+# `enable_thinking` adds THINKING_PROMPT to the system turn, where it is not there yet. Turns before the last user's
+# lose their thinking; the model did not write them so, hence they are not trained. The stop token belongs to what the
+# assistant wrote, so it is trained; the newline after it is not.
 CHATML = (
+    "{%- set thinking = '" + THINKING_PROMPT + "' if enable_thinking is defined and enable_thinking else '' -%}"
+    "{%- set last = namespace(user=-1) -%}"
     "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
-    "{%- else -%}{{- message['content'] + '<|im_end|>' -}}{%- endif -%}"
-    "{{- '\\n' -}}"
+    "{%- if message['role'] == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    "{%- if thinking and messages[0]['role'] != 'system' -%}"
+    "{{- '<|im_start|>system\n' + thinking + '<|im_end|>\n' -}}"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\n' -}}"
+    "{%- if message['role'] == 'assistant' and loop.index0 < last.user and '</think>' in message['content'] -%}"
+    "{{- message['content'].split('</think>')[-1].lstrip('\n') + '<|im_end|>' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- message['content'] -}}"
+    "{%- if loop.first and message['role'] == 'system' and thinking and thinking not in message['content'] -%}"
+    "{{- '\n\n' + thinking -}}"
+    "{%- endif -%}"
+    "{{- '<|im_end|>' -}}"
+    "{%- endif -%}"
+    "{{- '\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
 
 
@@ -49,6 +69,16 @@ class Rendered:
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Rendered:
     """Render a whole conversation; see `render_all`."""
     return render_all(tokenizer, [messages])[0]
+
+
+def with_thinking(messages: Messages) -> Messages:
+    """The conversation with THINKING_PROMPT in its system turn: what CHATML makes of it under `enable_thinking`."""
+    first = messages[0]
+    if first["role"] != "system":
+        return [{"role": "system", "content": THINKING_PROMPT}, *messages]
+    if THINKING_PROMPT in first["content"]:
+        return list(messages)
+    return [first | {"content": f"{first['content']}\n\n{THINKING_PROMPT}"}, *messages[1:]]
 
 
 def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[Rendered]:

@@ -6,7 +6,8 @@ Schemas are TRL's conversational format. A row that breaks its schema is a UserE
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,16 +81,26 @@ def first_rows(source: Path | str, kind: Kind, count: int = 20) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> int:
-    """Write JSONL, whole or not at all. Returns the number of rows. A lone surrogate is written as JSON escapes it."""
+    """Write JSONL, whole or not at all. Returns the number of rows."""
     count = 0
+    with writing_rows(path) as write:
+        for row in rows:
+            write(row)
+            count += 1
+    return count
+
+
+@contextmanager
+def writing_rows(path: Path) -> Iterator[Callable[[Row], None]]:
+    """Gives a function that writes one row; after the block the file is whole, after an error as it was.
+
+    A lone surrogate is written as JSON escapes it.
+    """
     with (
         atomic.replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
+        yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
 
 
 def local_inputs(*sources: Path | str) -> list[Path]:

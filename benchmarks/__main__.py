@@ -95,6 +95,8 @@ def table(claims: Sequence[dict[str, Any]]) -> Table:
             cells = [
                 f"{number:.3g} s"
                 if unit == "s"
+                else f"{number:,.0f}"
+                if number >= 1000
                 else f"{number:.4f}"
                 if number >= 1e-4 or not number
                 else f"{number:.1e}"

@@ -107,3 +107,40 @@ class QuestionsConfig(QuestionSet, JobConfig):
     """SFT rows and prompts from rows of questions with worked answers."""
 
     prompts: int = Field(0, ge=0, description="rows set aside as prompts, drawn by the seed; the rest become SFT rows")
+
+
+class EvaluationFileConfig(Config):
+    """Rows that must not be trained on."""
+
+    rows: str = Field(description="a file, a folder or a hub id")
+    column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
+
+
+class DecontaminateConfig(JobConfig):
+    """Rows without those that repeat an evaluation row; see data_builders.overlap."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows of any kind")
+    column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
+    turns: Literal["user", "all"] = Field("user", description="which messages are searched")
+    evaluation: dict[str, EvaluationFileConfig] = Field(min_length=1, description="name -> rows")
+    words: float = Field(0.6, gt=0, le=1, description="share of an evaluation row, at least, in its own words")
+    renumbered: float = Field(0.75, gt=0, le=1, description="the same where numbers do not count")
+    workers: int | None = Field(None, ge=1, description="processes that search; default: one for each core")
+
+
+class NearDuplicatesConfig(Config):
+    """Near-duplicates by MinHash (Broder 1997, On the resemblance and containment of documents)."""
+
+    similarity: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of two rows' runs of words, at least")
+    run: int = Field(3, ge=1, description="words of a run")
+    permutations: int = Field(128, ge=16, description="hash functions; more estimate the similarity better")
+
+
+class DeduplicateConfig(JobConfig):
+    """Rows of which each says something new; of those alike the first stays."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows of any kind")
+    column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
+    turns: Literal["user", "all"] = Field("user", description="which messages are compared")
+    near: NearDuplicatesConfig | None = Field(NearDuplicatesConfig(), description="null: exact duplicates alone")
+    workers: int | None = Field(None, ge=1, description="processes that hash; default: one for each core")

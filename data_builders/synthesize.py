@@ -22,7 +22,6 @@ from data_builders.synthesis import Language, Task, Template
 # One training problem in eight for the reward models, two for online training, the rest for SFT.
 USES = ("sft", "sft", "sft", "sft", "sft", "prompts", "prompts", "reward_prompts")
 MOST_TASKS = 10**9  # a cell of language and template that runs dry raises before
-THINKING_PROMPT = "Think step by step between <think> and </think>, then answer."
 
 
 def run(config: SynthesizeConfig) -> None:
@@ -76,7 +75,7 @@ def rows(name: str, tasks: Iterable[Task]) -> Iterator[Row]:
         case "sft_direct":
             return (_sft(task, task.direct_answer, []) for task in tasks)
         case "sft_long":
-            thinking = [{"role": "system", "content": THINKING_PROMPT}]
+            thinking = [{"role": "system", "content": chat.THINKING_PROMPT}]
             return (
                 _sft(task, f"{chat.THINK_START}\n{task.thinking}\n{chat.THINK_END}\n{task.long_answer}", thinking)
                 for task in tasks

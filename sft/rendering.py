@@ -1,24 +1,12 @@
 """Rows to tokens: chunks of rows rendered in order, in this process or in several.
 
-A chunk goes out to a process and comes back as one Arrow batch. The processes run this module, and import what it
-imports: not TRL and DeepSpeed, as the job that starts them. Each ends when its pipe to the parent closes, however the
-parent ends.
+A chunk goes out to a process and comes back as one Arrow batch. The processes import what this module imports: not TRL
+and DeepSpeed, as the job that starts them.
 """
 
-import os
-import queue
-import signal
-import subprocess
-import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment import chat
 from alignment.errors import UserError
+from alignment.processes import Processes
 from alignment.rows import Row
 
 SCHEMA = pa.schema(
@@ -48,7 +37,6 @@ CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 20  # a chunk of long rows is shorter, so that memory stays bounded
 # Where a source is smaller, processes cost more than they save: each imports transformers first, for some seconds.
 ROWS_FOR_PROCESSES = 8192
-CHUNKS_AHEAD = 2  # of each process
 
 
 @dataclass(frozen=True)
@@ -85,14 +73,14 @@ def render(pending: Iterator[Chunk], tokenizer: PreTrainedTokenizerBase, workers
         head.append(chunk)
     everything = chain(head, pending)
     if workers == 1 or sum(len(chunk.rows) for chunk in head) < ROWS_FOR_PROCESSES:
-        yield from (render_chunk(chunk, tokenizer) for chunk in everything)
+        yield from (render_chunk(tokenizer, chunk) for chunk in everything)
         return
     del head
-    with _Processes(workers, tokenizer).open() as processes:
-        yield from processes.in_order(everything)
+    with Processes(workers, render_chunk, tokenizer) as processes:
+        yield from processes.map(everything)
 
 
-def render_chunk(chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> pa.RecordBatch:
+def render_chunk(tokenizer: PreTrainedTokenizerBase, chunk: Chunk) -> pa.RecordBatch:
     """The rows of a chunk, tokenized, with the reasons of those that are rejected."""
     try:
         rendered = chat.render_all(tokenizer, [messages for _, _, messages in chunk.rows])
@@ -144,96 +132,3 @@ def _render_one(where: str, tokenizer: PreTrainedTokenizerBase, messages: chat.M
         return chat.render(tokenizer, messages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-@dataclass
-class _Process:
-    """A process that renders, and this end of its pipe."""
-
-    popen: subprocess.Popen[bytes]
-    connection: "Connection[Any, Any]"
-    has_tokenizer: bool = False
-
-
-class _Processes:
-    """Up to `count` processes that render, no more than there are chunks; a thread of this one waits for each."""
-
-    def __init__(self, count: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.all: list[_Process] = []
-        self.free: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        self.threads = ThreadPoolExecutor(count)
-        self.count = count
-
-    @contextmanager
-    def open(self) -> Iterator[Self]:
-        try:
-            yield self
-        finally:
-            for process in self.all:
-                process.popen.kill()
-                process.popen.wait()
-            self.threads.shutdown(cancel_futures=True)
-            for process in self.all:
-                process.connection.close()
-
-    def in_order(self, pending: Iterator[Chunk]) -> Iterator[pa.RecordBatch]:
-        under_way: deque[Future[pa.RecordBatch]] = deque()
-        for chunk in pending:
-            if len(self.all) < self.count:
-                self._start()
-            under_way.append(self.threads.submit(self._render, chunk))
-            if len(under_way) == CHUNKS_AHEAD * self.count:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-    def _start(self) -> None:
-        ours, theirs = Pipe()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sft.rendering", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # it would start a thread for every core
-            )
-        self.all.append(_Process(process, ours))
-        self.free.put(self.all[-1])
-
-    def _render(self, chunk: Chunk) -> pa.RecordBatch:
-        process = self.free.get()
-        try:
-            if not process.has_tokenizer:
-                process.connection.send(self.tokenizer)
-                process.has_tokenizer = True
-            process.connection.send((chunk.source, chunk.rows))
-            reply = process.connection.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(f"a process that renders ended with exit code {process.popen.wait()}") from None
-        finally:
-            self.free.put(process)
-        if isinstance(reply, UserError):
-            raise reply
-        return reply
-
-
-def _serve(connection: "Connection[Any, Any]") -> None:
-    tokenizer = connection.recv()
-    while True:
-        source, rows = connection.recv()
-        try:
-            connection.send(render_chunk(Chunk(source, rows), tokenizer))
-        except UserError as error:
-            connection.send(error)
-
-
-def main(argv: Sequence[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
-    try:
-        _serve(Connection(int(argv[1])))
-    except (EOFError, ConnectionError):
-        return
-
-
-if __name__ == "__main__":
-    main(sys.argv)

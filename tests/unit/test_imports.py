@@ -88,6 +88,8 @@ JOBS = {
     "data_builders.synthesize": "data_builders.config.SynthesizeConfig",
     "data_builders.preferences": "data_builders.config.PreferencesConfig",
     "data_builders.questions": "data_builders.config.QuestionsConfig",
+    "data_builders.decontaminate": "data_builders.config.DecontaminateConfig",
+    "data_builders.deduplicate": "data_builders.config.DeduplicateConfig",
     "dpo.train": "dpo.config.DPOConfig",
     "dpo.online": "dpo.config.OnlineConfig",
 }

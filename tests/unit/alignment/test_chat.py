@@ -88,6 +88,85 @@ def test_many_at_once_are_what_they_are_one_by_one(tiny_tokenizer: PreTrainedTok
     assert [rendered.assistant_mask for rendered in together] == theirs["assistant_masks"]
 
 
+# thinking
+
+
+THOUGHT = assistant("<think>\n1 and 1\n</think>\nTwo.")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("1+1")],
+        [system("Be kind."), user("1+1"), THOUGHT],
+        [system(f"Be kind. {chat.THINKING_PROMPT}"), user("1+1"), THOUGHT],
+        [user("a"), THOUGHT, user("b"), THOUGHT],
+        [user("call"), assistant("<think>x</think>{}"), {"role": "tool", "content": "12"}, THOUGHT],
+    ],
+)
+def test_the_switch_is_the_system_prompt(
+    tiny_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
+) -> None:
+    """What transformers and vLLM render under `enable_thinking` is what training renders of the rows."""
+    options: dict[str, Any] = {"add_generation_prompt": messages[-1]["role"] == "user", "return_dict": False}
+    on = tiny_tokenizer.apply_chat_template(messages, enable_thinking=True, **options)
+    assert on == tiny_tokenizer.apply_chat_template(chat.with_thinking(messages), **options)
+    assert tiny_tokenizer.decode(on).count(chat.THINKING_PROMPT) == 1
+    off = tiny_tokenizer.apply_chat_template(messages, enable_thinking=False, **options)
+    assert off == tiny_tokenizer.apply_chat_template(messages, **options)
+    again = chat.with_thinking(messages)
+    assert chat.with_thinking(again) == again
+
+
+@pytest.mark.parametrize("first", ["", "<think></think>", "<think>\n\n</think>\n\n", "<think>long\nthoughts</think>\n"])
+def test_thinking_of_earlier_turns_is_dropped_and_they_are_not_trained(
+    bytewise: PreTrainedTokenizerFast, first: str
+) -> None:
+    messages = [user("a"), assistant(f"{first}One."), user("b"), THOUGHT]
+    rendered = chat.render(bytewise, messages)
+    text = bytewise.decode(rendered.input_ids)
+    assert (
+        "(user/a)/(assistant/One.)/(user/b)/(assistant/".translate(
+            {ord("("): chat.TURN_START, ord(")"): chat.TURN_END, ord("/"): "\n"}
+        )
+        == text[: text.index("<think>\n1 and 1")]
+    )
+    trained = bytewise.decode([i for i, m in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if m])
+    assert trained == ("" if first else "One." + chat.TURN_END) + THOUGHT["content"] + chat.TURN_END
+    prompt = chat.render_prompt(bytewise, messages[:-1])
+    assert prompt + chat.render_completion(bytewise, THOUGHT["content"]) == rendered.input_ids[:-1]
+
+
+def test_thinking_before_a_tool_s_answer_stays_and_is_trained(bytewise: PreTrainedTokenizerFast) -> None:
+    """No user has spoken since, so the model still works on one answer."""
+    messages = [user("a"), assistant("<think>x</think>{}"), {"role": "tool", "content": "12"}, THOUGHT]
+    rendered = chat.render(bytewise, messages)
+    trained = bytewise.decode([i for i, m in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if m])
+    assert trained == "<think>x</think>{}" + chat.TURN_END + THOUGHT["content"] + chat.TURN_END
+
+
+LLAMA_LIKE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '<|h|>\n\n' + message['content'] | trim + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|h|>\n\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [chat.CHATML, WITHOUT_MARKS, LLAMA_LIKE], ids=["ours", "chatml", "llama"])
+@pytest.mark.parametrize("answer", ["<think>\nx\n</think>\ny", "<think>\n\n</think>\n\ny", "y"])
+@pytest.mark.parametrize("think", [True, False])
+def test_the_last_answer_is_trained_whole_in_both_modes(
+    bytewise: PreTrainedTokenizerFast, template: str, answer: str, think: bool
+) -> None:
+    messages = [system("s"), user("a"), assistant("plain"), user("b"), assistant(answer)]
+    messages = chat.with_thinking(messages) if think else messages
+    changed = with_template(bytewise, template)
+    rendered = chat.render(changed, messages)
+    trained = bytewise.decode([i for i, m in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if m])
+    assert trained == f"plain{chat.TURN_END}{answer}{chat.TURN_END}"
+    assert (chat.THINKING_PROMPT in bytewise.decode(rendered.input_ids)) is think
+
+
 def test_every_token_of_a_character_at_a_marks_edge_is_trained(bytewise: PreTrainedTokenizerFast) -> None:
     """The four bytes of an emoji are four tokens; transformers 5.17 marks the first of them where a mark ends there."""
     template = "x{% generation %}{{ messages[0]['content'] }}{% endgeneration %}y"

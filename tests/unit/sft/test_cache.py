@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from alignment import chat, fingerprint
+from alignment import chat, fingerprint, processes
 from alignment.errors import UserError
 from alignment.rows import Row, write_rows
 from sft import cache, rendering
@@ -188,8 +188,8 @@ def test_a_process_that_dies_is_an_error(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, config: PrepareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendering, "ROWS_FOR_PROCESSES", 20)
-    monkeypatch.setattr(rendering.sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="a process that renders ended with exit code 1"):
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match=r"a process of sft\.rendering\.render_chunk ended with exit code 1"):
         make(numbered(tmp_path / "rows.jsonl", 40), tiny_tokenizer, config)
     assert folders(config) == []
 
@@ -289,7 +289,7 @@ def test_an_interrupted_preparation_leaves_no_half_cache_and_no_process(
 
 def children_of(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if b"sft.rendering" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [int(child) for child in children if b"alignment.processes" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 # keys

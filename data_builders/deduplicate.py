@@ -1,0 +1,148 @@
+"""Rows of which each says something new: of those with equal or similar texts the first stays.
+
+    python -m data_builders.deduplicate --config configs/data/deduplicate.yaml
+
+Exact duplicates have one normalised text (data_builders.words), near-duplicates similar runs of words
+(data_builders.minhash). Writes rows.jsonl (the rows that stay, untouched), rejects.jsonl (the others, each with
+`duplicate`: the row that stays for it, the method and the similarity), clusters.jsonl (each row that others duplicate,
+and which, the largest clusters first) and ledger.json. It is deterministic, so a killed run starts over.
+"""
+
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from xxhash import xxh3_128_digest
+
+from alignment import job
+from alignment.ledger import Ledger
+from alignment.processes import Processes
+from alignment.progress import track
+from alignment.rows import Row, count_rows, first_rows, local_inputs, located_rows, write_rows, writing_rows
+from data_builders.config import DeduplicateConfig
+from data_builders.minhash import NearDuplicates, Signature, signatures
+from data_builders.texts import row_text
+from data_builders.words import normalised
+
+CHUNK_ROWS = 2_000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row to be kept or not."""
+
+    row: Row
+    place: str  # its file and line
+    text: str
+    signature: Signature | None  # None: near-duplicates stay
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Why a row goes."""
+
+    of: str  # the place of the row that stays
+    method: str  # exact or near
+    similarity: float
+
+
+def run(config: DeduplicateConfig) -> None:
+    with job.Job.open("data_builders.deduplicate", config, local_inputs(config.rows)) as this:
+        if this.done:
+            return
+        ledger, seen, clusters = Ledger(), Seen(config), defaultdict[str, list[str]](list)
+        with writing_rows(this.dir / "rows.jsonl") as keep, writing_rows(this.dir / "rejects.jsonl") as reject:
+            for candidate in candidates(config):
+                ledger.rows_in += 1
+                duplicate = seen.add(candidate)
+                if duplicate is None:
+                    ledger.rows_out += 1
+                    keep(candidate.row)
+                    continue
+                ledger.drop(duplicate.method)
+                clusters[duplicate.of].append(candidate.place)
+                reject(candidate.row | {"duplicate": vars(duplicate)})
+        largest_first = sorted(clusters.items(), key=lambda cluster: -len(cluster[1]))
+        write_rows(
+            this.dir / "clusters.jsonl", ({"kept": kept, "duplicates": places} for kept, places in largest_first)
+        )
+        ledger.write(this.dir / "ledger.json")
+        this.finish(
+            {
+                "rows.in": ledger.rows_in,
+                "rows.out": ledger.rows_out,
+                **ledger.dropped_metrics(),
+                "clusters": len(clusters),
+                "clusters.largest": 1 + len(largest_first[0][1]) if largest_first else 1,
+            }
+        )
+
+
+class Seen:
+    """The rows that stay so far, by text and by signature."""
+
+    def __init__(self, config: DeduplicateConfig) -> None:
+        self._by_text: dict[bytes, str] = {}  # the hash of a normalised text -> the place of the row that stays for it
+        self._near = None if config.near is None else NearDuplicates(config.near)
+        self._places: list[str] = []
+
+    def add(self, candidate: Candidate) -> Duplicate | None:
+        """Keep the row, or say what it duplicates."""
+        text = xxh3_128_digest(normalised(candidate.text).encode("utf-8", "surrogatepass"))
+        if text in self._by_text:
+            return Duplicate(self._by_text[text], "exact", 1.0)
+        if self._near is not None and candidate.signature is not None:
+            similar = self._near.similar(candidate.signature)
+            if similar is not None:
+                self._by_text[text] = self._places[similar.number]
+                return Duplicate(self._places[similar.number], "near", round(similar.similarity, 4))
+            self._near.keep(len(self._places), candidate.signature)
+        self._places.append(candidate.place)
+        self._by_text[text] = candidate.place
+        return None
+
+
+def candidates(config: DeduplicateConfig) -> Iterator[Candidate]:
+    """The rows in order, with their signatures where near-duplicates are looked for; several processes hash."""
+    rows = track(located_rows(config.rows), count_rows(config.rows), "deduplicate")
+    located = (
+        Candidate(
+            row,
+            where,
+            row_text(row, where, config.column, config.turns),
+            None,
+        )
+        for where, row in rows
+    )
+    if config.near is None:
+        yield from located
+        return
+    hashed: deque[list[Candidate]] = deque()
+    with Processes(config.workers or os.cpu_count() or 1, signatures, config.near) as processes:
+        for found in processes.map(_texts(located, hashed)):
+            for candidate, signature in zip(hashed.popleft(), found, strict=True):
+                yield Candidate(candidate.row, candidate.place, candidate.text, signature)
+
+
+def _texts(rows: Iterable[Candidate], hashed: deque[list[Candidate]]) -> Iterator[list[str]]:
+    rest = iter(rows)
+    while chunk := list(islice(rest, CHUNK_ROWS)):
+        hashed.append(chunk)
+        yield [candidate.text for candidate in chunk]
+
+
+def plan(config: DeduplicateConfig) -> list[str]:
+    for number, row in enumerate(first_rows(config.rows, "any"), start=1):
+        row_text(row, f"{config.rows} row {number}", config.column, config.turns)
+    near = "" if config.near is None else f", and those at least {config.near.similarity:g} similar"
+    return [f"{config.rows} without exact duplicates{near}"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return job.main(DeduplicateConfig, run, plan, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

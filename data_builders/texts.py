@@ -1,0 +1,33 @@
+"""The text of a row of any kind: what somebody was asked."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from alignment.errors import UserError, did_you_mean
+from alignment.rows import Row
+
+COLUMNS = ("messages", "prompt", "question", "problem", "text")
+Turns = Literal["user", "all"]
+
+
+def row_text(row: Row, where: str, column: str | None = None, turns: Turns = "user") -> str:
+    """The text in `column`, or in the first of COLUMNS that the row has; of a conversation the user's turns, or all.
+
+    Raises:
+        UserError: no such column, or neither text nor a conversation in it.
+    """
+    name = column or next((name for name in COLUMNS if name in row), None)
+    if name is None or name not in row:
+        expected = repr(column) if column else f"any of {', '.join(COLUMNS)}"
+        raise UserError(f"{where}: row has no column {expected}{did_you_mean(column or 'text', row)}")
+    match row[name]:
+        case str(text):
+            return text
+        case [*messages] if all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            return _of_turns(messages, turns)
+        case other:
+            raise UserError(f"{where}: {name!r} must be a text or a list of {{role, content}}, found {other!r:.60}")
+
+
+def _of_turns(messages: Sequence[Row], turns: Turns) -> str:
+    return "\n".join(m["content"] for m in messages if turns == "all" or m.get("role") == "user")

@@ -1,0 +1,77 @@
+"""Whether an answer that thinks is whole: one block of thinking, then a summary that states the answer.
+
+What fails here is not trained on: a model learns from it to think without end, or to answer inside its thoughts.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from alignment.answers import extract_answer
+from alignment.chat import THINK_END, THINK_START
+from data_builders.words import tokens
+
+LOOP_TOKENS, LOOP_TIMES = 20, 4  # a run of so many words and signs that comes so often is a loop
+
+
+@dataclass(frozen=True)
+class Thought:
+    """An answer in its two parts."""
+
+    thinking: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an answer is not used."""
+
+    reason: str
+
+
+def parse(text: str) -> Thought | Fault:
+    """The two parts of an answer, whitespace around them dropped."""
+    starts, ends = text.count(THINK_START), text.count(THINK_END)
+    if not starts and not ends:
+        return Fault("no thinking")
+    if starts > ends:
+        return Fault("thinking not closed")
+    if (starts, ends) != (1, 1):
+        return Fault("not one block of thinking")
+    before, _, rest = text.partition(THINK_START)
+    thinking, closed, summary = rest.partition(THINK_END)
+    if before.strip() or not closed:
+        return Fault("text before the thinking")
+    if not thinking.strip():
+        return Fault("empty thinking")
+    return Thought(thinking.strip(), summary.strip()) if summary.strip() else Fault("no summary")
+
+
+def check(text: str, *, cut_off: bool = False) -> Thought | Fault:
+    """As `parse`; besides, the answer ends by itself, goes round in no circle, and its summary states an answer."""
+    if cut_off:
+        return Fault("cut off")
+    thought = parse(text)
+    if isinstance(thought, Fault):
+        return thought
+    if loops(thought.thinking) or loops(thought.summary):
+        return Fault("loop")
+    return thought if extract_answer(thought.summary) is not None else Fault("no answer in the summary")
+
+
+def loops(text: str) -> bool:
+    """Whether some run of LOOP_TOKENS words and signs comes LOOP_TIMES times, one behind the other.
+
+    Runs that overlap count once, so that a line of dashes has to be as long as four runs.
+    """
+    found = tokens(text)
+    times: Counter[tuple[str, ...]] = Counter()
+    free: dict[tuple[str, ...], int] = {}  # run -> where it may come again
+    for start in range(len(found) - LOOP_TOKENS + 1):
+        run = tuple(found[start : start + LOOP_TOKENS])
+        if free.get(run, 0) > start:
+            continue
+        free[run] = start + LOOP_TOKENS
+        times[run] += 1
+        if times[run] == LOOP_TIMES:
+            return True
+    return False
