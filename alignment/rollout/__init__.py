@@ -21,6 +21,10 @@ def open_engine(model: Path, config: EngineConfig, dtype: str) -> "EndpointEngin
         from alignment.rollout.endpoints import EndpointEngine
 
         return EndpointEngine(model, config, dtype=dtype)
+    if config.data_parallel_size > 1:
+        from alignment.rollout.replicas import ReplicaEngine
+
+        return ReplicaEngine(model, config, dtype=dtype)
     if config.ray_replicas:
         from alignment.rollout.ray_data import RayEngine
 
