@@ -18,6 +18,7 @@ from alignment.errors import UserError
 from alignment.grading import grade, language_of, read_graded, writing
 from alignment.rollout import open_engine
 from alignment.rollout.overlap import overlapped
+from alignment.rollout.samples import fault_metrics
 from alignment.rollout.sampling import sample
 from alignment.rows import Row, first_rows, local_inputs, read_rows, write_rows
 from alignment.stats import mean_interval
@@ -76,7 +77,8 @@ def evaluate(
             write(chunk.flat)
     warn_of_alarms(str(folder / "graded.parquet"), tally.verdicts)
     write_rows(folder / "by_prompt.jsonl", by_prompt(folder / "graded.parquet", prompts))
-    return summarize(folder) | {"prompts.too_long": tally.too_long}
+    counts = {"prompts.too_long": tally.too_long, "samples.resampled": tally.resampled}
+    return summarize(folder) | counts | fault_metrics(engine)
 
 
 def by_prompt(graded: Path, prompts: Sequence[Row]) -> Iterator[Row]:

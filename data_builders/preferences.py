@@ -31,7 +31,7 @@ from alignment.grading import GradedChunk, GradedSample
 from alignment.ledger import Ledger
 from alignment.rollout import open_engine
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import Engine
+from alignment.rollout.samples import Engine, fault_metrics
 from alignment.rollout.sampling import WHOLE, Shard, sample
 from alignment.rows import Row, first_rows, local_inputs
 from alignment.tally import Tally
@@ -84,7 +84,7 @@ def build(
         for chunk in judged(engine, tokenizer, prompts, config, folder, tally, seed=seed, total=total):
             writer.add(chunk)
     warn_of_alarms(str(folder), tally.verdicts)
-    return {**writer.counts(), **_sampled(tally), **_faults(engine)}
+    return {**writer.counts(), **_sampled(tally), **fault_metrics(engine)}
 
 
 def judged(
@@ -132,16 +132,13 @@ def judge_shard(
     )
     for _ in chunks:
         pass
-    return {**_sampled(tally), **_faults(engine)}
-
-
-def _faults(engine: Engine) -> Numbers:
-    return {f"faults.{name}": count for name, count in sorted(engine.faults.items())}
+    return {**_sampled(tally), **fault_metrics(engine)}
 
 
 def _sampled(tally: Tally) -> Numbers:
     return {
         "samples": tally.samples,
+        "samples.resampled": tally.resampled,
         "samples.cut_off": tally.cut_off,
         "samples.tokens": tally.tokens,
         **(verdict_metrics(tally.verdicts) | alarms(tally.verdicts) if tally.verdicts else {}),

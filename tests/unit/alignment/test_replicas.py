@@ -122,7 +122,8 @@ def test_no_server_outlives_a_job_that_is_killed(kept: tuple[str, ...]) -> None:
     assert job.stdout.readline() and job.stdout.readline()
     running = psutil.Process(job.pid).children(recursive=True)
     job.kill()
-    job.communicate()
+    job.wait()
+    job.stdout.close()
     assert len(running) == 6 and are_gone(running)
 
 
