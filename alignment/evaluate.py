@@ -16,7 +16,7 @@ from alignment import job, models
 from alignment.config import EngineConfig, JobConfig, ModelConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.grading import grade, language_of, read_graded, writing
-from alignment.rollout import open_engine
+from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
 from alignment.rollout.samples import fault_metrics
 from alignment.rollout.sampling import sample
@@ -130,7 +130,8 @@ def plan(config: EvaluateConfig) -> list[str]:
     models.check_model(ModelConfig(path=config.model))
     first_rows(config.prompts, "prompt")
     check_room(config.engine, config.sampling)
-    return [f"{config.sampling.n} samples a prompt of {config.prompts} from {config.model}"]
+    where = place(config.engine)
+    return [f"{config.sampling.n} samples a prompt of {config.prompts} from {config.model}, drawn {where}"]
 
 
 def check_room(engine: EngineConfig, sampling: SamplingConfig) -> None:

@@ -29,7 +29,7 @@ from alignment.evaluate import check_room
 from alignment.fingerprint import text_hash
 from alignment.grading import GradedChunk, GradedSample
 from alignment.ledger import Ledger
-from alignment.rollout import open_engine
+from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
 from alignment.rollout.samples import Engine, fault_metrics
 from alignment.rollout.sampling import WHOLE, Shard, sample
@@ -233,7 +233,10 @@ def plan(config: PreferencesConfig) -> list[str]:
     check_room(config.engine, config.sampling)
     rule = "reward models" if config.reward_models else "at random"
     names = ", ".join(f"{s.rows}{f' ({s.quota})' if s.quota else ''}" for s in config.all_sources.values())
-    return [f"{config.sampling.n} samples a prompt of {names} from {config.model}, paired by the math rule, {rule}"]
+    return [
+        f"{config.sampling.n} samples a prompt of {names} from {config.model}, drawn {place(config.engine)}",
+        f"paired by the math rule, {rule}",
+    ]
 
 
 def forecast(config: PreferencesConfig) -> list[str]:

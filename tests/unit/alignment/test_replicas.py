@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from alignment.config import EngineConfig
 from alignment.errors import UserError
-from alignment.rollout import devices, replicas
+from alignment.rollout import devices, place, replicas
 from alignment.rollout.devices import bindings
 from alignment.rollout.guard import KeyEverywhere
 from alignment.rollout.replicas import Replicas
@@ -161,6 +161,13 @@ def test_gpus_that_others_were_given_are_left_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)  # the last one does not exist
     with pytest.raises(UserError, match="want 4, found 3: CUDA_VISIBLE_DEVICES=7,5,GPU-3$"):
         bindings(config(tensor_parallel_size=2))
+
+
+def test_the_plan_says_where_samples_are_drawn() -> None:
+    assert place(EngineConfig()) == "in this process"
+    assert place(config(tensor_parallel_size=4)) == "by 2 servers on this machine, 4 device(s) each"
+    assert place(EngineConfig(ray_replicas=3)) == "by 3 Ray replicas"
+    assert place(EngineConfig(endpoints=["http://a:1", "http://b:1/v1"])) == "by the servers http://a:1, http://b:1"
 
 
 @pytest.mark.parametrize("other", [{"endpoints": ["http://a:1"]}, {"ray_replicas": 2}])
