@@ -71,6 +71,7 @@ def replicas(folder: Path) -> None:
     threading.Thread(target=kill_when_asked, args=(engine, 1)).start()
     found["moved"] = rows([first, *chunks])
     found["faults of the dead"] = dict(engine.faults)
+    found["logs of"] = str(engine._replicas._folder)
     found["logs"] = "".join(log.read_text() for log in engine._replicas._folder.glob("*.log"))
     atomic.write_json(folder / "replicas.json", found)
     time.sleep(3600)

@@ -5,6 +5,7 @@ The servers are started once, by endpoint_worker.py, for all tests; the later on
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -189,12 +190,13 @@ def test_all_dead_stops_with_code_2_and_the_same_command_goes_on(found, here, ro
     assert without_logprob(in_order(map(vars, stored_samples(rollouts / "job")))) == without_logprob(here)
 
 
-def test_no_server_survives_a_job_that_is_killed(job_with_servers):
+def test_no_server_survives_a_job_that_is_killed(found, job_with_servers):
     """The last test: it kills the job that started the servers."""
     running = psutil.Process(job_with_servers.pid).children(recursive=True)
     assert sum(map(is_running, running)) >= 3
     job_with_servers.kill()
     assert gone(running)
+    shutil.rmtree(found["logs of"])  # nobody is left to do it
 
 
 def gone(processes: list[psutil.Process], seconds: float = 60) -> bool:
