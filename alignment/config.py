@@ -248,7 +248,7 @@ class SamplingConfig(Config):
 class RequestsConfig(Config):
     """How servers are asked, and how much of their trouble is borne."""
 
-    concurrency: int = Field(256, ge=1, description="requests under way at once, for each server")
+    concurrency: int = Field(256, ge=1, description="requests under way at once, for each of `endpoints`")
     timeout_seconds: float = Field(600, gt=0, description="of one request")
     tries: int = Field(6, ge=1, description="of one request, over all servers, before the job stops")
     backoff_seconds: float = Field(0.5, gt=0, description="wait before the second try; doubled before each further one")
@@ -258,13 +258,14 @@ class RequestsConfig(Config):
 
 
 class EngineConfig(Config):
-    """The vLLM engine that samples: in this process, the servers named in `endpoints`, or `ray_replicas`."""
+    """The vLLM engine that samples: in this process, or `data_parallel_size`, `endpoints` or `ray_replicas` of them."""
 
     max_model_len: int = Field(1024, ge=16, description="tokens of prompt and answer, at most")
     max_num_seqs: int = Field(1024, ge=1, description="samples under way at once")
     kv_cache_gib: float = Field(1.0, gt=0, description="memory of the key-value cache on CPU")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that vLLM takes")
     tensor_parallel_size: int = Field(1, ge=1, description="devices that share one copy of the model")
+    data_parallel_size: int = Field(1, ge=1, description="copies of the model on this machine, on devices of their own")
     chunk_prompts: int = Field(128, ge=1, description="prompts that are sampled and stored together")
     endpoints: list[str] = Field([], description="addresses of `alignment.rollout.serve`, as http://host:8000")
     requests: RequestsConfig = RequestsConfig()
@@ -272,8 +273,8 @@ class EngineConfig(Config):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if self.endpoints and self.ray_replicas:
-            raise ValueError("endpoints and ray_replicas exclude each other")
+        if bool(self.endpoints) + bool(self.ray_replicas) + (self.data_parallel_size > 1) > 1:
+            raise ValueError("data_parallel_size, endpoints and ray_replicas exclude each other")
         return self
 
     @field_validator("endpoints")

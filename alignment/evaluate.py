@@ -16,8 +16,9 @@ from alignment import job, models
 from alignment.config import EngineConfig, JobConfig, ModelConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.grading import grade, language_of, read_graded, writing
-from alignment.rollout import open_engine
+from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
+from alignment.rollout.samples import fault_metrics
 from alignment.rollout.sampling import sample
 from alignment.rows import Row, first_rows, local_inputs, read_rows, write_rows
 from alignment.stats import mean_interval
@@ -76,7 +77,8 @@ def evaluate(
             write(chunk.flat)
     warn_of_alarms(str(folder / "graded.parquet"), tally.verdicts)
     write_rows(folder / "by_prompt.jsonl", by_prompt(folder / "graded.parquet", prompts))
-    return summarize(folder) | {"prompts.too_long": tally.too_long}
+    counts = {"prompts.too_long": tally.too_long, "samples.resampled": tally.resampled}
+    return summarize(folder) | counts | fault_metrics(engine)
 
 
 def by_prompt(graded: Path, prompts: Sequence[Row]) -> Iterator[Row]:
@@ -128,7 +130,8 @@ def plan(config: EvaluateConfig) -> list[str]:
     models.check_model(ModelConfig(path=config.model))
     first_rows(config.prompts, "prompt")
     check_room(config.engine, config.sampling)
-    return [f"{config.sampling.n} samples a prompt of {config.prompts} from {config.model}"]
+    where = place(config.engine)
+    return [f"{config.sampling.n} samples a prompt of {config.prompts} from {config.model}, drawn {where}"]
 
 
 def check_room(engine: EngineConfig, sampling: SamplingConfig) -> None:

@@ -60,6 +60,7 @@ class GradedChunk:
     name: str
     prompts: list[Row]
     samples: list[list[GradedSample] | None]
+    resampled: bool = False
 
     @property
     def flat(self) -> list[GradedSample]:
@@ -73,7 +74,7 @@ def grade(chunk: Chunk, verifier: verify.Verifier) -> GradedChunk:
     verdicts = iter(verifier.verify_many(claims))
     graded = iter([_graded(p, s, None if p.get("answer") is None else next(verdicts)) for p, s in pairs])
     samples = [None if of_prompt is None else [next(graded) for _ in of_prompt] for of_prompt in chunk.samples]
-    return GradedChunk(chunk.name, chunk.prompts, samples)
+    return GradedChunk(chunk.name, chunk.prompts, samples, chunk.resampled)
 
 
 def _graded(prompt: Row, sample: Completion, verdict: str | None) -> GradedSample:

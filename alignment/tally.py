@@ -19,6 +19,7 @@ class Tally:
     samples: int = 0
     tokens: int = 0
     cut_off: int = 0
+    resampled: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
     began: float = field(default_factory=time.monotonic)
 
@@ -41,6 +42,7 @@ class Tally:
         self.too_long += sum(samples is None for samples in chunk.samples)
         self.samples += len(flat)
         self.tokens += sum(len(s.token_ids) for s in flat)
+        self.resampled += len(flat) if chunk.resampled else 0
         self.cut_off += sum(s.finish_reason == "length" for s in flat)
         self.verdicts.update(s.verdict for s in flat if s.verdict is not None)
         return chunk

@@ -26,7 +26,8 @@ class Judge:
         path = self._folder / f"{chunk.name}.parquet"
         if path.exists():
             known = dict(read_graded(path))
-            return GradedChunk(chunk.name, chunk.prompts, [known.get(prompt["id"]) for prompt in chunk.prompts])
+            samples = [known.get(prompt["id"]) for prompt in chunk.prompts]
+            return GradedChunk(chunk.name, chunk.prompts, samples, chunk.resampled)
         graded = self._scored(grade(chunk, self._verifier))
         with writing(path) as write:
             write(graded.flat)

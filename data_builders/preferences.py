@@ -29,9 +29,9 @@ from alignment.evaluate import check_room
 from alignment.fingerprint import text_hash
 from alignment.grading import GradedChunk, GradedSample
 from alignment.ledger import Ledger
-from alignment.rollout import open_engine
+from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import Engine
+from alignment.rollout.samples import Engine, fault_metrics
 from alignment.rollout.sampling import WHOLE, Shard, sample
 from alignment.rows import Row, first_rows, local_inputs
 from alignment.tally import Tally
@@ -85,7 +85,7 @@ def build(
         for chunk in judged(engine, tokenizer, prompts, config, folder, tally, seed=seed, total=total):
             writer.add(chunk)
     warn_of_alarms(str(folder), tally.verdicts)
-    return {**writer.counts(), **_sampled(tally), **_faults(engine)}
+    return {**writer.counts(), **_sampled(tally), **fault_metrics(engine)}
 
 
 def judged(
@@ -133,16 +133,13 @@ def judge_shard(
     )
     for _ in chunks:
         pass
-    return {**_sampled(tally), **_faults(engine)}
-
-
-def _faults(engine: Engine) -> Numbers:
-    return {f"faults.{name}": count for name, count in sorted(engine.faults.items())}
+    return {**_sampled(tally), **fault_metrics(engine)}
 
 
 def _sampled(tally: Tally) -> Numbers:
     return {
         "samples": tally.samples,
+        "samples.resampled": tally.resampled,
         "samples.cut_off": tally.cut_off,
         "samples.tokens": tally.tokens,
         **(verdict_metrics(tally.verdicts) | alarms(tally.verdicts) if tally.verdicts else {}),
@@ -247,7 +244,10 @@ def plan(config: PreferencesConfig) -> list[str]:
         first_rows(source.rows, "prompt")
     check_room(config.engine, config.sampling)
     names = ", ".join(f"{s.rows}{f' ({s.quota})' if s.quota else ''}" for s in config.all_sources.values())
-    return [f"{config.sampling.n} samples a prompt of {names} from {config.model}, paired by {rule(config)}"]
+    return [
+        f"{config.sampling.n} samples a prompt of {names} from {config.model}, drawn {place(config.engine)}",
+        f"paired by {rule(config)}",
+    ]
 
 
 def rule(config: BuildConfig) -> str:

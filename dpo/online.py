@@ -20,6 +20,7 @@ from alignment import job, launch, models, training
 from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.evaluate import check_room, evaluate, pass_rate, read_prompts
+from alignment.rollout import place
 from alignment.rows import Row, local_inputs, read_rows
 from alignment.stats import Interval, paired_interval
 from data_builders.preferences import measured, rule
@@ -136,7 +137,8 @@ def plan(config: OnlineConfig) -> list[str]:
     pairs = config.round.prompts * config.pairing.per_prompt
     samples = config.round.prompts * config.sampling.n
     return [
-        f"{config.rounds} rounds of {config.round.prompts} prompts x {config.sampling.n} = {samples} samples",
+        f"{config.rounds} rounds of {config.round.prompts} prompts x {config.sampling.n} = {samples} samples, drawn "
+        f"{place(config.engine)}",
         f"prompts: {len(prompts)} to draw from, {config.round.redraw}; paired by {rule(config)}",
         f"evaluation: {len(held_out)} prompts x {config.evaluation.n} after each round",
         f"training: {config.loss.type}, at most {pairs} pairs a round, reference {config.reference}",

@@ -21,6 +21,10 @@ def open_engine(model: Path, config: EngineConfig, dtype: str) -> "EndpointEngin
         from alignment.rollout.endpoints import EndpointEngine
 
         return EndpointEngine(model, config, dtype=dtype)
+    if config.data_parallel_size > 1:
+        from alignment.rollout.replicas import ReplicaEngine
+
+        return ReplicaEngine(model, config, dtype=dtype)
     if config.ray_replicas:
         from alignment.rollout.ray_data import RayEngine
 
@@ -28,3 +32,14 @@ def open_engine(model: Path, config: EngineConfig, dtype: str) -> "EndpointEngin
     from alignment.rollout.engine import VLLMEngine
 
     return VLLMEngine(model, config, dtype=dtype)
+
+
+def place(config: EngineConfig) -> str:
+    """Where `open_engine` samples, in words."""
+    if config.endpoints:
+        return f"by the servers {', '.join(config.endpoints)}"
+    if config.ray_replicas:
+        return f"by {config.ray_replicas} Ray replicas"
+    if config.data_parallel_size > 1:
+        return f"by {config.data_parallel_size} servers on this machine, {config.tensor_parallel_size} device(s) each"
+    return "in this process"

@@ -73,8 +73,18 @@ class _Success(BaseModel):
 class EndpointEngine(Closing):
     """Samples of a model folder from the servers in `config.endpoints`. Use as a context manager, or `close()` it."""
 
-    def __init__(self, model: Path, config: EngineConfig, *, dtype: str = "float32", reload: bool = False) -> None:
+    def __init__(
+        self,
+        model: Path,
+        config: EngineConfig,
+        *,
+        dtype: str = "float32",
+        key: str | None = None,
+        reload: bool = False,
+    ) -> None:
         """The servers serve `model`, in `dtype`, or with `reload` any of its shape and load it now.
+
+        They ask for `key` (default: as `config.requests` says).
 
         Raises:
             UserError: a server serves other weights, does not draw from seeds, or takes shorter prompts than
@@ -95,7 +105,7 @@ class EndpointEngine(Closing):
         self._shape = shape_of(model)
         self._probe = probe(model, config.max_model_len)
         [self._reference] = reference_logprobs(model, [self._probe], dtype)
-        self._pool = Pool(config.endpoints, config.requests, self._examine)
+        self._pool = Pool(config.endpoints, config.requests, self._examine, key)
         self._pool.open()
 
     @property

@@ -85,7 +85,9 @@ class VLLMEngine(Closing):
             "dtype": dtype,
             "eager": self._eager,
             "device": current_platform.device_name,
-            **config.model_dump(exclude={"chunk_prompts", "endpoints", "requests", "ray_replicas"}),
+            **config.model_dump(
+                exclude={"chunk_prompts", "endpoints", "requests", "ray_replicas", "data_parallel_size"}
+            ),
         }
         with own_random_state(0), self._stance(), kept_process_state():
             self._llm: LLM | None = LLM(str(model), **self._options(config))

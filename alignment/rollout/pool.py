@@ -69,12 +69,20 @@ class Pool:
     """
 
     def __init__(
-        self, addresses: Iterable[str], config: RequestsConfig, examine: Callable[[Server], Awaitable[None]]
+        self,
+        addresses: Iterable[str],
+        config: RequestsConfig,
+        examine: Callable[[Server], Awaitable[None]],
+        key: str | None = None,
     ) -> None:
-        """`examine` decides whether a server may be asked: it raises a Fault, or a UserError with the reason."""
+        """`examine` decides whether a server may be asked: it raises a Fault, or a UserError with the reason.
+
+        `key` is sent with every request; None: the one in the environment variable that `config` names, if any.
+        """
         self.faults: Counter[str] = Counter()  # "kind address" -> how often
         self.servers = [Server(address, asyncio.Semaphore(config.concurrency)) for address in addresses]
         self._config, self._examine = config, examine
+        self._key = key or os.environ.get(config.key_variable)
         self._some_up = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
         self._loop = asyncio.new_event_loop()
@@ -146,9 +154,8 @@ class Pool:
 
     def _session(self) -> aiohttp.ClientSession:
         # Without trust_env: a proxy of the environment is not for the cluster's own machines, loopback least of all.
-        key = os.environ.get(self._config.key_variable)
         return aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
             trust_env=False,
         )
@@ -164,12 +171,13 @@ class Pool:
         return await self._ask(server, "POST", path, body, self._config.timeout_seconds)
 
     async def _ask(self, server: Server, method: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> Any:
-        assert server.session is not None
+        session = server.session
+        assert session is not None
         try:
             # No redirects: the key is for this address.
             async with (
                 asyncio.timeout(seconds),
-                server.session.request(method, server.address + path, json=body, allow_redirects=False) as response,
+                session.request(method, server.address + path, json=body, allow_redirects=False) as response,
             ):
                 status, content = response.status, await response.read()
                 retry_after = response.headers.get("Retry-After", "")
@@ -181,6 +189,11 @@ class Pool:
             raise Fault("connection", _shown(str(error).encode())) from None
         except aiohttp.ClientError as error:
             raise Fault("garbage", _shown(str(error).encode())) from None
+        except RuntimeError as error:
+            if not session.closed:
+                raise
+            # What aiohttp says where `_take_down` came between two of its steps.
+            raise Fault("connection", str(error)) from None
         if status == 200:
             return _parsed(content)
         if status >= 500 or status in TRY_LATER:

@@ -22,6 +22,11 @@ class Sample:
     logprob: float
 
 
+def fault_metrics(engine: "Engine") -> dict[str, int]:
+    """The counts of an engine's faults, as a job's metrics name them."""
+    return {f"faults.{name}": count for name, count in sorted(engine.faults.items())}
+
+
 class Engine(Protocol):
     """What the sampling loop needs of an engine."""
 

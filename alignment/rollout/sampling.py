@@ -23,12 +23,14 @@ logger = logging.getLogger(__name__)
 class Chunk:
     """Prompts that were sampled together, and beside each its samples; None where it is too long for the model.
 
-    `name` is the chunk's number and its samples' address: no other samples have it.
+    `name` is the chunk's number and its samples' address: no other samples have it. `resampled` where they had been
+    stored, but could not be read.
     """
 
     name: str
     prompts: list[Row]
     samples: list[list[Completion] | None]
+    resampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,15 @@ def sample(
         fitting = _fitting(tokenizer, rows, room)
         given += len(rows)
         too_long += len(rows) - len(fitting)
+        stored = store.shard(fitting).exists()
         samples = store.read(fitting) if fitting else []
+        resampled = stored and samples is None
         if samples is None:
             samples = _draw(engine, tokenizer, fitting, sampling, seed)
             store.write(fitting, samples)
         found = dict(zip(fitting, samples, strict=True))
         name = f"{number:06d}-{store.folder.name}-{store.shard(fitting).stem}"
-        yield Chunk(name, rows, [found.get(row["id"]) for row in rows])
+        yield Chunk(name, rows, [found.get(row["id"]) for row in rows], resampled)
     if given and given == too_long:
         raise UserError(
             f"no prompt fits: all have more than {room} tokens, which max_model_len {engine.max_model_len} less "

@@ -4,7 +4,7 @@
 
 It is `vllm serve` with SeededDraw, which draws each sample from its seed, with the model's own log-probabilities and
 without the model folder's own sampling defaults. `--reloadable` lets jobs replace the weights: whoever reaches the port
-can, so keep it inside the cluster. A key in VLLM_API_KEY is asked of every request.
+can, so keep it inside the cluster. A key in VLLM_API_KEY is asked of every request but /health.
 """
 
 import os
@@ -26,13 +26,15 @@ OPTIONS = (
 # As the engine has it on a CPU: prompts in small blocks, nothing compiled.
 CPU_OPTIONS = ("--enforce-eager", "--block-size=32")
 RELOADING = "--worker-extension-cls=alignment.rollout.reload.FolderWeights"
+GUARDED = "--middleware=alignment.rollout.guard.KeyEverywhere"
 
 
 def arguments(model: str, given: Sequence[str], on_cpu: bool) -> list[str]:
     """vLLM's options; of those named twice the last one counts, so `given` wins."""
     reloading = [RELOADING] if RELOADABLE in given else []
+    guarded = [GUARDED] if os.environ.get("VLLM_API_KEY") else []
     rest = [option for option in given if option != RELOADABLE]
-    return ["--model", model, *OPTIONS, *(CPU_OPTIONS if on_cpu else ()), *reloading, *rest]
+    return ["--model", model, *OPTIONS, *(CPU_OPTIONS if on_cpu else ()), *reloading, *guarded, *rest]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, file=sys.stderr)
         return 2
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Off in what a process starts that has sampled itself: on a CPU vLLM would then bind no cores.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     if RELOADABLE in given:
         os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # /collective_rpc and /reset_prefix_cache
     from vllm.platforms import current_platform

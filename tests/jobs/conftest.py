@@ -1,5 +1,9 @@
-"""A policy that answers every question with 1 or 2: what jobs that sample are tested with."""
+"""What jobs that sample are tested with: a policy that answers every question with 1 or 2, and an engine's samples."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +14,8 @@ from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrained
 from alignment import chat
 from alignment.rows import Row
 
+ROLLOUT_WORKER = Path(__file__).with_name("rollout_worker.py")
+WORKER_SECONDS = 400  # half a minute on two cores of its own
 ANSWERS = ("1", "2")  # what the policy says, as often the one as the other; the first is right
 
 
@@ -71,3 +77,23 @@ def teach(model: Ernie4_5_MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) ->
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What rollout_worker.py leaves: its models, whole.json, and the samples in `killed`, `whole` and `other`."""
+    folder = tmp_path_factory.mktemp("rollout")
+    assert run_worker(folder, "killed") == -signal.SIGKILL, (folder / "killed.log").read_text()[-3000:]
+    assert len(list(folder.glob("killed/*/*.parquet"))) == 1
+    assert run_worker(folder, "whole") == 0, (folder / "whole.log").read_text()[-3000:]
+    return folder
+
+
+def run_worker(folder: Path, mode: str) -> int:
+    # Spinning OpenMP threads take five times as long where the cores are shared.
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROLLOUT_WORKER), str(folder), mode]
+    with (folder / f"{mode}.log").open("w") as log:
+        return subprocess.run(
+            command, env={**os.environ, **quiet}, stdout=log, stderr=log, timeout=WORKER_SECONDS, check=False
+        ).returncode

@@ -82,6 +82,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def killed(folder: Path) -> None:
     for number in (1, 2):
         save_model(folder / f"model-{number}", seed=number)
+        make_tokenizer().save_pretrained(folder / f"model-{number}")
     save_model(folder / "model-wide", seed=3, moe_intermediate_size=96)
     engine = MortalEngine(folder / "model-1", CONFIG)
     draw(engine, folder / "killed", seed=7)

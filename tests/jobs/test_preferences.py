@@ -25,6 +25,8 @@ WORKER = Path(__file__).with_name("preferences_worker.py")
 MATH, GENERAL, SAMPLES, CHUNK = 11, 5, 6, 4
 WRITTEN = ("pairs.jsonl", "rejects.jsonl", "evaluation.jsonl", "ledger.json")
 DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+HAS_PUBLIC = all((DATA / name).is_dir() for name in ("gsm8k", "vicuna_multilingual", "ifeval"))
+SHARDS = (("--shard", "2/2"), ("--shard", "1/2"), ())  # on two machines, and then together
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -49,23 +51,29 @@ def folder(
         "pairing": {"policy": "best_quantile", "per_prompt": 2},
         "evaluation_share": 0.25,
         "sampling": {"n": SAMPLES, "max_tokens": 16},
-        "engine": {"max_model_len": 128, "max_num_seqs": 64, "kv_cache_gib": 0.25, "chunk_prompts": CHUNK},
+        "engine": {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_gib": 0.25, "chunk_prompts": CHUNK},
     }
     (folder / "preferences.yaml").write_text(yaml.safe_dump(config))
-    assert command(folder, "whole") == 0
+    runs = [("preferences.yaml", "whole"), *(("preferences.yaml", "sharded", *shard) for shard in SHARDS)]
+    if HAS_PUBLIC:
+        write_public(folder, config)
+        runs.append(("public.yaml", "public"))
+    lines = [["--config", name, f"output_dir={output}", *rest] for name, output, *rest in runs]
+    assert execute(folder, "each", "each", json.dumps(lines)) == 0
     return folder
 
 
-def command(
-    folder: Path, output: str, *arguments: str, killed: tuple[str, int] = ("never", 0), config: str = "preferences.yaml"
-) -> int:
-    line = [sys.executable, str(WORKER), killed[0], str(killed[1]), "--config", config]
+def command(folder: Path, output: str, killed: tuple[str, int] = ("never", 0)) -> int:
+    return execute(folder, output, killed[0], str(killed[1]), "--config", "preferences.yaml", f"output_dir={output}")
+
+
+def execute(folder: Path, name: str, *arguments: str) -> int:
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-    log = folder / f"{output}.log"
+    log = folder / f"{name}.log"
     with log.open("a") as stream:
         code = subprocess.run(
-            [*line, f"output_dir={output}", *arguments], cwd=folder, env=environment, stdout=stream, stderr=stream,
-            timeout=250, check=False,
+            [sys.executable, str(WORKER), *arguments], cwd=folder, env=environment, stdout=stream, stderr=stream,
+            timeout=600, check=False,
         ).returncode  # fmt: skip
     assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
     return code
@@ -134,12 +142,11 @@ def test_three_kills_and_the_end_are_byte_equal(folder: Path) -> None:
 
 
 def test_shards_join_to_the_whole(folder: Path) -> None:
-    for number in (2, 1):
-        assert command(folder, "sharded", "--shard", f"{number}/2") == 0
-    made = {path: path.stat().st_mtime_ns for path in (folder / "sharded").rglob("*.parquet")}
-    assert command(folder, "sharded") == 0
     assert contents(folder / "sharded") == contents(folder / "whole")
-    assert {path: path.stat().st_mtime_ns for path in made} == made, "nothing was sampled or judged again"
+    ends = [done.stat().st_mtime_ns for done in (folder / "sharded" / "shards").rglob("DONE")]
+    made = [path.stat().st_mtime_ns for path in (folder / "sharded").rglob("*.parquet")]
+    assert len(ends) == 2
+    assert max(made) < max(ends) < (folder / "sharded" / "DONE").stat().st_mtime_ns, "sampled or judged again"
 
 
 def as_prompts(rows: list[Row], name: str, text: str, language: str = "en") -> list[Row]:
@@ -149,12 +156,8 @@ def as_prompts(rows: list[Row], name: str, text: str, language: str = "en") -> l
     ]
 
 
-@pytest.mark.skipif(
-    not all((DATA / name).is_dir() for name in ("gsm8k", "vicuna_multilingual", "ifeval")),
-    reason=f"no gsm8k, vicuna_multilingual and ifeval in {DATA}; SHARED_DATA names another folder",
-)
-def test_public_prompts(folder: Path) -> None:
-    """gsm8k by the rule, vicuna in two languages and ifeval by their scores; all are paired or rejected."""
+def write_public(folder: Path, config: dict[str, Any]) -> None:
+    """A config of gsm8k by the rule, vicuna in two languages and ifeval by their scores, and its rows."""
     gsm8k = read_questions(QuestionSet(rows=str(DATA / "gsm8k" / "test.jsonl.gz"))).kept[:24]
     write_rows(folder / "gsm8k.jsonl", [question.prompt_row() for question in gsm8k])
     vicuna = [
@@ -167,15 +170,21 @@ def test_public_prompts(folder: Path) -> None:
     write_rows(folder / "vicuna.jsonl", vicuna)
     ifeval = list(read_rows(DATA / "ifeval" / "input_data.jsonl.gz"))[:24]
     write_rows(folder / "ifeval.jsonl", as_prompts(ifeval, "ifeval", "prompt"))
-    config = yaml.safe_load((folder / "preferences.yaml").read_text())
-    config["sources"] = {
+    sources = {
         "math": {"rows": "gsm8k.jsonl", "kind": "math"},
         "vicuna": {"rows": "vicuna.jsonl", "kind": "general"},
         "ifeval": {"rows": "ifeval.jsonl", "kind": "general", "quota": 16},
     }
-    config["engine"] |= {"max_model_len": 512, "chunk_prompts": 16}
-    (folder / "public.yaml").write_text(yaml.safe_dump(config))
-    assert command(folder, "public", config="public.yaml") == 0
+    engine = config["engine"] | {"chunk_prompts": 16}
+    (folder / "public.yaml").write_text(yaml.safe_dump(config | {"sources": sources, "engine": engine}))
+
+
+@pytest.mark.skipif(
+    not HAS_PUBLIC,
+    reason=f"no gsm8k, vicuna_multilingual and ifeval in {DATA}; SHARED_DATA names another folder",
+)
+def test_public_prompts(folder: Path) -> None:
+    """All are paired or rejected."""
     found, ledger = metrics(folder / "public"), json.loads((folder / "public" / "ledger.json").read_text())
     assert ledger["rows_in"] == 72 == found["prompts"]
     assert ledger["rows_in"] == ledger["rows_out"] + sum(ledger["dropped"].values())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,8 +11,9 @@ import pytest
 
 from alignment.config import EngineConfig, SamplingConfig
 from alignment.errors import UserError
-from alignment.evaluate import by_prompt, check_room, read_prompts, summarize
+from alignment.evaluate import by_prompt, check_room, evaluate, read_prompts, summarize
 from alignment.grading import SCHEMA, GradedSample
+from alignment.rollout.samples import Sample
 from alignment.rows import write_rows
 
 
@@ -82,6 +83,28 @@ def test_metrics_by_hand(folder: Path) -> None:
         "truncated": 3,
     }
     assert metrics == pytest.approx(expected, abs=1e-9)
+
+
+class Silent:
+    """Answers nothing, after some trouble with its servers."""
+
+    weights, max_model_len, settings = "w", 128, {}
+    faults: ClassVar = {"429 http://a:1": 2}
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any, stop: Any) -> list[list[Sample]]:
+        return [[Sample([stop[0]], "stop", -1.0) for _ in own] for own in seeds]
+
+
+def test_faults_of_servers_and_damaged_samples_are_counted(tiny_model_folder: Path, tmp_path: Path) -> None:
+    def evaluated() -> dict[str, float | int]:
+        sampling, settings = SamplingConfig(n=4, max_tokens=8), EngineConfig(max_model_len=128, chunk_prompts=2)
+        return evaluate(Silent(), tiny_model_folder, PROMPTS, sampling, settings, 0, tmp_path)
+
+    whole = evaluated()
+    assert whole["faults.429 http://a:1"] == 2 and whole["samples.resampled"] == 0
+    damaged = min(tmp_path.glob("samples/*/*.parquet"), key=lambda shard: shard.stat().st_size)  # of the last prompt
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    assert evaluated() == whole | {"samples.resampled": 4}
 
 
 def test_a_prompt_without_an_answer_cannot_be_evaluated(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from alignment.config import RequestsConfig
@@ -139,6 +140,22 @@ def test_retry_after_is_respected_and_the_other_server_is_asked_meanwhile(cluste
     ask(cluster.pool(alone, concurrency=1, timeout_seconds=5), 3)
     first, second, *_ = [at for at, _ in alone.posts]
     assert second - first >= 1
+
+
+def test_a_session_that_closes_between_two_steps_is_a_lost_connection(cluster, monkeypatch):
+    server = cluster.server()
+    pool = cluster.pool(server)
+    read, closed = aiohttp.ClientResponse.read, []
+
+    async def late(response):
+        if not closed:
+            closed.append(await pool.servers[0].session.close())
+            raise RuntimeError("Connection closed.")
+        return await read(response)
+
+    monkeypatch.setattr(aiohttp.ClientResponse, "read", late)
+    assert ask(pool, 4) == list(range(4))
+    assert pool.faults[f"connection {server.address}"] > 0
 
 
 def test_no_more_requests_at_once_than_allowed(cluster):

@@ -126,8 +126,10 @@ def test_torn_and_unreadable_files_are_sampled_again(tokenizer, tmp_path, caplog
     shard.write_bytes(shard.read_bytes()[:100])
     shard.with_name(f".{shard.name}.123.tmp").write_bytes(b"PAR1half")
     engine = ScriptedEngine()
-    run(engine, tokenizer, tmp_path)
+    chunks = run(engine, tokenizer, tmp_path)
     assert engine.calls == 1 and "sampled again" in caplog.text
+    assert sorted(chunk.resampled for chunk in chunks) == [False, False, True]
+    assert not any(chunk.resampled for chunk in run(engine, tokenizer, tmp_path))
     assert contents(tmp_path) == before
 
 
