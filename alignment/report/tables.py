@@ -72,7 +72,13 @@ def _cell(metrics: Mapping[str, Any], key: str) -> str:
     estimate = interval(metrics, key)
     if estimate is None or not is_number(estimate.low):
         return plain(metrics.get(key, ""))
+    if is_nats(key):
+        return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
     return f"{points(estimate.value)} points ({point_span(estimate)})" if is_change(key) else with_span(estimate)
+
+
+def is_nats(key: str) -> bool:
+    return key.split(".")[-1] == "kl"
 
 
 def is_change(key: str) -> bool:

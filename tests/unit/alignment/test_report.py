@@ -20,6 +20,7 @@ from rich.console import Console
 from alignment import report
 from alignment.errors import UserError
 from alignment.report import svg
+from alignment.report.tables import compare
 from alignment.stats import mean_interval, paired_interval
 
 JOBS = {
@@ -458,6 +459,19 @@ def test_an_unfinished_online_stage_shows_its_finished_round(tmp_path: Path) -> 
     assert "cannot be read" not in text
     assert {"pass_at_1.round_1", "change.round_1"} <= set(metrics)
     assert not {"pass_at_1.round_2", "change.round_2"} & set(metrics)
+
+
+def test_shares_changes_and_nats_are_written_as_such() -> None:
+    ends = [
+        (key + end, value + shift)
+        for key, value in (("pass_at_1", 0.5), ("change", 0.1), ("kl", 1.73))
+        for end, shift in ((".low", -0.05), ("", 0.0), (".high", 0.05))
+    ]
+    assert [row[1] for row in compare([("run", dict(ends))]).rows] == [
+        "50.0% (45.0 to 55.0%)",
+        "+10.0 points (+5.0 to +15.0)",
+        "1.73 (1.68 to 1.78)",
+    ]
 
 
 def test_groups_of_one_prompt_have_no_interval(tmp_path: Path) -> None:
