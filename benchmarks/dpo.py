@@ -70,8 +70,9 @@ def our_step(folder: Path, pairs: Pairs, loss: str, padded: bool = False) -> Ste
 
     from alignment.kernels.model import use_kernels
     from benchmarks.sft import tiny_model
+    from dpo.arguments import PreferenceArguments
     from dpo.forward import Way
-    from dpo.trainer import PreferenceArguments, PreferenceTrainer
+    from dpo.trainer import PreferenceTrainer
 
     class Padded(PreferenceTrainer):
         def _prepare_forward(self) -> None:

@@ -24,12 +24,12 @@ from alignment.rollout import place
 from alignment.rows import Row, local_inputs, read_rows
 from alignment.stats import Interval, paired_interval
 from data_builders.preferences import measured, rule
+from dpo.checks import check_loss
 from dpo.config import OnlineConfig
 from dpo.drawing import Seen, draw_prompts
 from dpo.policies import Policies
 from dpo.rounds import Numbers, evaluation_sampling, run_round, seen_in, training_settings
 from dpo.stopping import Decision, decide
-from dpo.train import check_loss
 
 
 def run(config: OnlineConfig) -> None:

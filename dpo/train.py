@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment import adapters, job, models, training
 from alignment.config import ModelConfig
-from alignment.errors import UserError, did_you_mean
 from alignment.fingerprint import weights_hash
 from alignment.ledger import Ledger
 from alignment.moe.memory import frozen_bytes, launched_sharding
@@ -32,20 +31,14 @@ from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin
 from alignment.rows import first_rows, local_inputs, read_rows
 from dpo import inspect_pairs
-from dpo.config import DPOConfig, LossConfig
+from dpo.arguments import WEIGHTED_LOSSES, PreferenceArguments
+from dpo.checks import check_adapter, check_loss, check_reference, reference_source
+from dpo.config import DPOConfig
 from dpo.data import tokenize_pairs
 from dpo.held_out import figures, untrained_pairs
-from dpo.trainer import (
-    SORTED_LOSSES,
-    TRL_LOSSES,
-    WEIGHTED_LOSSES,
-    PreferenceArguments,
-    PreferenceTrainer,
-    reference_file,
-)
+from dpo.trainer import PreferenceTrainer, reference_file
 
 CHECKPOINTS = "checkpoints"  # alignment.training's folder of them; the stored reference lies there too
-SMOOTHED_LOSSES = ("exo_pair", "robust", *SORTED_LOSSES)  # those of TRL that read label_smoothing
 
 
 class ExpertParallelPreferenceTrainer(RouterLossMixin, ExpertParallelTrainerMixin, PreferenceTrainer):
@@ -117,17 +110,11 @@ def _load(config: DPOConfig, source: ModelConfig, tokenizer: PreTrainedTokenizer
     return models.load_model(source, tokenizer, seed=config.seed)
 
 
-def _reference_source(config: DPOConfig) -> ModelConfig:
-    if config.reference.model is None:
-        return config.model
-    return ModelConfig(path=config.reference.model, dtype=config.model.dtype, kernels=config.model.kernels)
-
-
 def _frozen_copy(config: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
     """What a live reference needs beside the policy; with an adapter that starts from it, nothing."""
     if config.reference.kind == "stored" or (config.lora and config.reference.model is None):
         return None
-    return _load(config, _reference_source(config), tokenizer)
+    return _load(config, reference_source(config), tokenizer)
 
 
 def _store_reference(this: job.Job, config: DPOConfig, make: partial[Any], version: str) -> None:
@@ -135,7 +122,7 @@ def _store_reference(this: job.Job, config: DPOConfig, make: partial[Any], versi
     names = ["train", "eval"] if config.evaluation else ["train"]
     if all(reference_file(this.dir / CHECKPOINTS, name).exists() for name in names):
         return  # a resumed run; the trainer checks what they are
-    model = _load(config, _reference_source(config), make.keywords["processing_class"])
+    model = _load(config, reference_source(config), make.keywords["processing_class"])
     trainer = make(model=model, args=arguments(this, config), weights_hash=version)
     trainer.store_references()
     if trainer.is_deepspeed_enabled:
@@ -181,54 +168,6 @@ def _version(config: DPOConfig) -> str | None:
     return weights_hash(Path(config.model.path))
 
 
-def check_loss(loss: LossConfig) -> None:
-    known = (*WEIGHTED_LOSSES, *TRL_LOSSES)
-    if loss.type not in known:
-        raise UserError(f"loss.type: unknown loss {loss.type!r}{did_you_mean(loss.type, known)}")
-    if loss.scope == "global" and loss.type not in SORTED_LOSSES:
-        raise UserError(
-            f"loss.scope: 'global' has no effect on {loss.type!r}, which compares no pair with another; expected micro"
-        )
-    if loss.nll_weight and loss.type not in WEIGHTED_LOSSES and loss.scope == "micro":
-        raise UserError(
-            f"loss.nll_weight: has no effect on TRL's {loss.type!r}; expected one of {WEIGHTED_LOSSES}, or 0"
-        )
-    if loss.label_smoothing and (loss.type not in SMOOTHED_LOSSES or loss.scope == "global"):
-        raise UserError(f"loss.label_smoothing: has no effect on {loss.type!r} in scope {loss.scope!r}; expected 0")
-    if loss.type == "exo_pair" and not loss.label_smoothing:
-        raise UserError("loss.label_smoothing: 'exo_pair' needs one above 0; its paper has 1.0e-3")
-
-
-def check_reference(config: DPOConfig) -> None:
-    """Refuse a reference of other words than the policy's, before any weight is read."""
-    if config.reference.model is None:
-        return
-    source = _reference_source(config)
-    if not Path(config.reference.model).is_dir():
-        raise UserError(f"reference.model: {config.reference.model}: no such model folder")
-    models.check_model(source)
-    sizes = [models.config_of(model).get_text_config().vocab_size for model in (source, config.model)]
-    if config.model.path is not None and sizes[0] != sizes[1]:
-        raise UserError(
-            f"reference.model: {config.reference.model} has a vocabulary of {sizes[0]}, the policy one of {sizes[1]}"
-        )
-    if not (Path(config.reference.model) / "tokenizer_config.json").is_file():
-        return  # weights alone: the policy's tokens are all there is
-    if models.load_tokenizer(source).get_vocab() != models.load_tokenizer(config.model).get_vocab():
-        raise UserError(
-            f"reference.model: {config.reference.model} has another tokenizer than the policy: its log-probabilities "
-            "would be of other words"
-        )
-
-
-def check_adapter(config: DPOConfig) -> None:
-    if config.lora is not None and config.lora.dropout:
-        raise UserError(
-            f"lora.dropout: {config.lora.dropout} found, expected 0: TRL trains preferences without dropout, so that "
-            "policy and reference differ by the weights alone"
-        )
-
-
 def plan(config: DPOConfig) -> list[str]:
     check_loss(config.loss)
     models.check_model(config.model)
@@ -258,7 +197,7 @@ def _plan_reference(config: DPOConfig) -> str:
         return f"{name}, one log-probability a token in a file; no memory of a device in training"
     if config.lora is not None and config.reference.model is None:
         return f"{name}, the policy with its adapter switched off; a forward more at each step, no memory"
-    model = models.on_meta(models.config_of(_reference_source(config)))
+    model = models.on_meta(models.config_of(reference_source(config)))
     more = frozen_bytes(model, launched_sharding(config.model.dtype)) / 1e9
     return f"{name}, a frozen copy: {more:,.1f} GB more on each rank, and a forward more at each step"
 

@@ -16,8 +16,8 @@ from worker import random_pairs, settings, tiny_model, tiny_tokenizer
 
 from alignment.config import RouterConfig
 from alignment.moe.trainer import ddp_backend
+from dpo.arguments import PreferenceArguments
 from dpo.train import ExpertParallelPreferenceTrainer
-from dpo.trainer import PreferenceArguments
 
 PAIRS, EPOCHS = 11, 2  # in global batches of 8: the second has three pairs, and fillers
 NAMES = ("loss", "grad_norm", "rewards/margins", "nll", "ot/mass", "router/balance_loss", "router/z_loss")

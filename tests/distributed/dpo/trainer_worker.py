@@ -22,8 +22,8 @@ from alignment import adapters
 from alignment.config import LoRAConfig, RouterConfig
 from alignment.errors import UserError
 from alignment.moe.trainer import ddp_backend
+from dpo.arguments import PreferenceArguments
 from dpo.train import ExpertParallelPreferenceTrainer
-from dpo.trainer import PreferenceArguments
 
 ROWS_A_STEP = 8
 DEFAULTS: dict[str, Any] = {

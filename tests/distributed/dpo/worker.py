@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedTokenizerFast
 
 from alignment.moe.trainer import ddp_backend
-from dpo.trainer import PreferenceArguments, PreferenceTrainer
+from dpo.arguments import PreferenceArguments
+from dpo.trainer import PreferenceTrainer
 
 VOCAB, PAD, EOS = 64, 0, 2
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dpo.trainer import PreferenceArguments, PreferenceTrainer
+from dpo.arguments import PreferenceArguments
+from dpo.trainer import PreferenceTrainer
 
 TINY = Path(__file__).parents[2] / "distributed" / "dpo" / "worker.py"
 spec = importlib.util.spec_from_file_location("dpo_worker", TINY)

@@ -12,8 +12,9 @@ from datasets import Dataset
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
+from dpo.arguments import PreferenceArguments
 from dpo.data import ShuffledFillersLast
-from dpo.trainer import PreferenceArguments, PreferenceTrainer
+from dpo.trainer import PreferenceTrainer
 
 TINY = Path(__file__).parents[2] / "distributed" / "dpo" / "worker.py"
 spec = importlib.util.spec_from_file_location("dpo_worker", TINY)

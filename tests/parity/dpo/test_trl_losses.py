@@ -16,7 +16,8 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from dpo.trainer import TRL_LOSSES, PreferenceArguments, PreferenceTrainer
+from dpo.arguments import TRL_LOSSES, PreferenceArguments
+from dpo.trainer import PreferenceTrainer
 
 TINY = Path(__file__).parents[2] / "distributed" / "dpo" / "worker.py"
 spec = importlib.util.spec_from_file_location("dpo_worker", TINY)

@@ -16,11 +16,12 @@ import dpo.trainer
 from alignment.config import RouterConfig
 from alignment.errors import UserError
 from dpo.alarm import ALARM_STEPS
+from dpo.arguments import PreferenceArguments
 from dpo.data import PairCollator, tokenize_pairs
-from dpo.forward import Way
+from dpo.forward import Completions, Way
 from dpo.ot import ot_token_weights
 from dpo.train import ExpertParallelPreferenceTrainer
-from dpo.trainer import Completions, PreferenceArguments, PreferenceTrainer
+from dpo.trainer import PreferenceTrainer
 
 Make = Callable[..., PreferenceTrainer]
 
