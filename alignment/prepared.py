@@ -16,7 +16,7 @@ from alignment.fingerprint import path_hash, value_hash
 from alignment.rows import is_hub_id, located_rows
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def rendering_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that decides how a conversation is rendered: the tokenizer, its special tokens, its template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

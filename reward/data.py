@@ -24,7 +24,7 @@ from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.fingerprint import value_hash
 from alignment.ledger import Ledger
-from alignment.prepared import locked, rows_version, tokenizer_hash
+from alignment.prepared import locked, rendering_hash, rows_version
 from alignment.progress import track
 from alignment.rows import count_rows, located_rows
 from reward.rendering import SCHEMA, render
@@ -87,7 +87,7 @@ def stored(rows: str, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Datase
     Raises:
         UserError: a row against the schema, or a hub id without a revision.
     """
-    made_of = {"format": FORMAT, "rows": rows_version(rows), "tokenizer": tokenizer_hash(tokenizer)}
+    made_of = {"format": FORMAT, "rows": rows_version(rows), "tokenizer": rendering_hash(tokenizer)}
     folder = cache / value_hash(made_of)
     if int(os.environ.get("LOCAL_RANK", "0")) > 0:
         _wait_for(folder)

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignment import atomic, job
 from alignment.fingerprint import text_hash, value_hash
-from alignment.prepared import locked, rows_version, tokenizer_hash
+from alignment.prepared import locked, rendering_hash, rows_version
 from alignment.progress import track
 from alignment.rows import count_rows, located_rows
 from sft import rendering
@@ -193,7 +193,7 @@ def _made_of(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "rows": rows_version(source),
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": rendering_hash(tokenizer),
         "template": text_hash(str(tokenizer.chat_template)),
     }
 
