@@ -96,9 +96,9 @@ def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messa
     return _render_by_prefix(tokenizer, conversations)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Token ids of a conversation, ending where the assistant is to answer."""
-    return list(_apply(tokenizer, messages, add_generation_prompt=True)["input_ids"])
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **template_options: Any) -> list[int]:
+    """Token ids of a conversation, ending where the assistant is to answer. Options as `enable_thinking`."""
+    return list(_apply(tokenizer, messages, add_generation_prompt=True, **template_options)["input_ids"])
 
 
 def render_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[list[int]]:

@@ -243,6 +243,17 @@ class SamplingConfig(Config):
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: int = Field(256, ge=1, description="tokens of an answer, at most")
+    thinking_budget: int | None = Field(
+        None, ge=1, description="tokens of an answer after which its thinking is closed by force; default: none"
+    )
+
+    @model_validator(mode="after")
+    def _budget_leaves_room(self) -> Self:
+        if self.thinking_budget is not None and self.thinking_budget >= self.max_tokens:
+            raise ValueError(
+                f"thinking_budget: {self.thinking_budget} leaves no room for an answer in max_tokens {self.max_tokens}"
+            )
+        return self
 
 
 class RequestsConfig(Config):

@@ -2,7 +2,8 @@
 
     python -m alignment.evaluate --config configs/data/demo-evaluate.yaml
 
-Writes graded.parquet (every sample with its verdict) and by_prompt.jsonl (one line a prompt).
+Writes graded.parquet (every sample with its verdict) and by_prompt.jsonl (one line a prompt); with `modes` a folder of
+each mode holds them.
 """
 
 from collections import Counter, defaultdict
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from alignment import job, models
 from alignment.config import EngineConfig, JobConfig, ModelConfig, SamplingConfig
@@ -21,8 +22,9 @@ from alignment.rollout.overlap import overlapped
 from alignment.rollout.samples import fault_metrics
 from alignment.rollout.sampling import sample
 from alignment.rows import Row, first_rows, local_inputs, read_rows, write_rows
-from alignment.stats import mean_interval
+from alignment.stats import mean_interval, paired_interval
 from alignment.tally import Tally
+from alignment.thinking import Mode, in_mode, obeys
 from alignment.verify import Verifier, alarms, warn_of_alarms
 
 
@@ -32,8 +34,19 @@ class EvaluateConfig(JobConfig):
     model: str = Field(description="a model folder")
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompts: str = Field(description="rows with `prompt` and `answer`")
+    modes: list[Mode] = Field(
+        [],
+        description="fast, deep: evaluate each with the template's thinking switch set; default: neither",
+    )
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
+
+    @field_validator("modes")
+    @classmethod
+    def _each_once(cls, given: list[Mode]) -> list[Mode]:
+        if len(set(given)) < len(given):
+            raise ValueError("each mode once")
+        return given
 
 
 def run(config: EvaluateConfig) -> None:
@@ -42,9 +55,11 @@ def run(config: EvaluateConfig) -> None:
             return
         prompts = read_prompts(config.prompts)
         with open_engine(Path(config.model), config.engine, config.dtype) as engine:
-            metrics = evaluate(
-                engine, Path(config.model), prompts, config.sampling, config.engine, config.seed, this.dir
-            )
+            settings = (config.sampling, config.engine, config.seed)
+            if config.modes:
+                metrics = evaluate_modes(engine, Path(config.model), prompts, *settings, this.dir, config.modes)
+            else:
+                metrics = evaluate(engine, Path(config.model), prompts, *settings, this.dir)
         this.finish(metrics)
 
 
@@ -79,6 +94,37 @@ def evaluate(
     write_rows(folder / "by_prompt.jsonl", by_prompt(folder / "graded.parquet", prompts))
     counts = {"prompts.too_long": tally.too_long, "samples.resampled": tally.resampled}
     return summarize(folder) | counts | fault_metrics(engine)
+
+
+def evaluate_modes(
+    engine: Any,
+    model: Path,
+    prompts: Sequence[Row],
+    sampling: SamplingConfig,
+    settings: EngineConfig,
+    seed: int,
+    folder: Path,
+    modes: Sequence[Mode],
+) -> dict[str, float | int]:
+    """Evaluate each mode into a folder of its name; of both, also what thinking changes, prompt by prompt.
+
+    The metrics are those of `evaluate` behind `fast.` and `deep.`, with `obeys`, the share of the samples that think
+    where they should and do not where they should not.
+    """
+    metrics: dict[str, float | int] = {}
+    for mode in modes:
+        asked = [in_mode(prompt, mode) for prompt in prompts]
+        found = evaluate(engine, model, asked, sampling, settings, seed, folder / mode)
+        obedient = [
+            sum(obeys(s.completion, mode) for s in samples) / len(samples)
+            for _, samples in read_graded(folder / mode / "graded.parquet")
+        ]
+        found |= mean_interval(obedient).as_metrics("obeys")
+        metrics |= {f"{mode}.{key}": value for key, value in found.items()}
+    if len(modes) == 2:
+        rates = {mode: [pass_rate(row) for row in read_rows(folder / mode / "by_prompt.jsonl")] for mode in modes}
+        metrics |= paired_interval(rates["fast"], rates["deep"]).as_metrics("thinking.change")
+    return metrics
 
 
 def by_prompt(graded: Path, prompts: Sequence[Row]) -> Iterator[Row]:

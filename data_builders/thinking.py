@@ -4,50 +4,16 @@ What fails here is not trained on: a model learns from it to think without end, 
 """
 
 from collections import Counter
-from dataclasses import dataclass
 
 from alignment.answers import extract_answer
-from alignment.chat import THINK_END, THINK_START
+from alignment.thinking import Fault, Thought, parse
 from data_builders.words import tokens
 
 LOOP_TOKENS, LOOP_TIMES = 20, 4  # a run of so many words and signs that comes so often is a loop
 
 
-@dataclass(frozen=True)
-class Thought:
-    """An answer in its two parts."""
-
-    thinking: str
-    summary: str
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why an answer is not used."""
-
-    reason: str
-
-
-def parse(text: str) -> Thought | Fault:
-    """The two parts of an answer, whitespace around them dropped."""
-    starts, ends = text.count(THINK_START), text.count(THINK_END)
-    if not starts and not ends:
-        return Fault("no thinking")
-    if starts > ends:
-        return Fault("thinking not closed")
-    if (starts, ends) != (1, 1):
-        return Fault("not one block of thinking")
-    before, _, rest = text.partition(THINK_START)
-    thinking, closed, summary = rest.partition(THINK_END)
-    if before.strip() or not closed:
-        return Fault("text before the thinking")
-    if not thinking.strip():
-        return Fault("empty thinking")
-    return Thought(thinking.strip(), summary.strip()) if summary.strip() else Fault("no summary")
-
-
 def check(text: str, *, cut_off: bool = False) -> Thought | Fault:
-    """As `parse`; besides, the answer ends by itself, goes round in no circle, and its summary states an answer."""
+    """As `alignment.thinking.parse`; besides, it ends by itself, is no loop, and its summary has an answer."""
     if cut_off:
         return Fault("cut off")
     thought = parse(text)

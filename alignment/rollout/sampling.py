@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from alignment.chat import render_prompt, stop_token_id, tokenizer_hash
 from alignment.config import SamplingConfig
 from alignment.errors import UserError
+from alignment.rollout.budget import Marks, generate_within
 from alignment.rollout.samples import Engine, Sample
 from alignment.rollout.seeds import sample_seed
 from alignment.rollout.store import Completion, SampleStore
@@ -62,6 +63,8 @@ def sample(
     shard: Shard = WHOLE,
 ) -> Iterator[Chunk]:
     """`sampling.n` answers to each prompt row (`id`, `prompt`), stored below `root`, a chunk at a time.
+
+    A row's `chat_template_kwargs` go to the chat template.
 
     A chunk is `chunk_prompts` consecutive rows; one that is stored is not sampled again. A chunk's samples depend on
     its prompts, the weights, tokenizer, parameters, seed and engine settings alone, so a run that was killed, or spread
@@ -126,7 +129,9 @@ def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], room: int) -> dict[str, list[int]]:
     """Id -> tokens of the prompts that leave room for an answer."""
-    rendered = {row["id"]: render_prompt(tokenizer, row["prompt"]) for row in rows}
+    rendered = {
+        row["id"]: render_prompt(tokenizer, row["prompt"], **row.get("chat_template_kwargs", {})) for row in rows
+    }
     return {name: ids for name, ids in rendered.items() if len(ids) <= room}
 
 
@@ -138,7 +143,11 @@ def _draw(
     seed: int,
 ) -> list[list[Completion]]:
     seeds = [[sample_seed(seed, name, index) for index in range(sampling.n)] for name in prompts]
-    samples = engine.generate(list(prompts.values()), seeds, sampling, [stop_token_id(tokenizer)])
+    stop = [stop_token_id(tokenizer)]
+    if sampling.thinking_budget is None:
+        samples = engine.generate(list(prompts.values()), seeds, sampling, stop)
+    else:
+        samples = generate_within(engine, list(prompts.values()), seeds, sampling, stop, Marks.of(tokenizer))
     written = [_written(s) for of_prompt in samples for s in of_prompt]
     texts = iter(tokenizer.batch_decode(written, clean_up_tokenization_spaces=False))
     return [

@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from alignment import chat
 from alignment.config import EngineConfig, SamplingConfig
 from alignment.errors import UserError
-from alignment.evaluate import by_prompt, check_room, evaluate, read_prompts, summarize
+from alignment.evaluate import by_prompt, check_room, evaluate, evaluate_modes, read_prompts, summarize
 from alignment.grading import SCHEMA, GradedSample
 from alignment.rollout.samples import Sample
-from alignment.rows import write_rows
+from alignment.rows import read_rows, write_rows
 
 
 def prompt(name: str, language: str, template: str | None) -> dict[str, Any]:
@@ -121,3 +123,35 @@ def test_answers_must_leave_room_for_a_prompt() -> None:
     check_room(engine, SamplingConfig(max_tokens=63))
     with pytest.raises(UserError, match=r"sampling.max_tokens: 64 leaves no room .* engine.max_model_len 64"):
         check_room(engine, SamplingConfig(max_tokens=64))
+
+
+class Switched:
+    """Thinks and is right where the prompt holds the system prompt that asks for it; else says 2."""
+
+    weights, max_model_len, settings, faults = "w", 512, {}, {}
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any, stop: Any) -> list[list[Sample]]:
+        return [[self._answer(prompt, stop) for _ in own] for prompt, own in zip(prompts, seeds, strict=True)]
+
+    def _answer(self, prompt: Sequence[int], stop: Sequence[int]) -> Sample:
+        asked = chat.THINKING_PROMPT in self.tokenizer.decode(prompt)
+        text = "<think>\nwell\n</think>\n\\boxed{1}" if asked else "\\boxed{2}"
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Sample([*ids, stop[0]], "stop", -1.0)
+
+
+def test_both_modes_and_what_thinking_changes(
+    tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    engine = Switched(tiny_tokenizer)
+    arguments = (SamplingConfig(n=2, max_tokens=32), EngineConfig(max_model_len=512), 0)
+    metrics = evaluate_modes(engine, tiny_model_folder, PROMPTS, *arguments, tmp_path, ["fast", "deep"])
+    assert (metrics["fast.pass_at_1"], metrics["deep.pass_at_1"], metrics["thinking.change"]) == (0, 1, 1)
+    assert metrics["fast.obeys"] == metrics["deep.obeys"] == 1
+    assert metrics["deep.tokens.mean"] > metrics["fast.tokens.mean"]
+    assert [len(list(read_rows(tmp_path / mode / "by_prompt.jsonl"))) for mode in ("fast", "deep")] == [3, 3]
+    alone = evaluate_modes(engine, tiny_model_folder, PROMPTS, *arguments, tmp_path / "alone", ["deep"])
+    assert alone == {key: value for key, value in metrics.items() if key.startswith("deep.")}

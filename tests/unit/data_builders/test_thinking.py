@@ -1,6 +1,7 @@
 import pytest
 
-from data_builders.thinking import LOOP_TIMES, LOOP_TOKENS, Fault, Thought, check, loops, parse
+from alignment.thinking import Fault, Thought, parse
+from data_builders.thinking import LOOP_TIMES, LOOP_TOKENS, check, loops
 
 GOOD = "<think>\n3 x 15 is 45.\n</think>\n\n3 x 15 = \\boxed{45}"
 
