@@ -2,9 +2,9 @@
 
 The share of an evaluation row that a text holds is the weight of its words that lie in such runs over the weight of all
 its words. A word's weight is log((rows + 1) / rows that hold it), over the rows of its file, so that what all questions
-of a benchmark say weighs little. Compared as they are, numbers count as words do; to find the same question with other
-numbers, all numbers are one word of weight 0. A question of few words shares runs with anything: it counts only where a
-text repeats it as a whole, or is the same but for its numbers.
+of a benchmark say weighs little; a number weighs nothing. It decides whether two runs are the same, though; to find
+the same question with other numbers, all numbers are one word. A question of few words shares runs with anything: it
+counts only where a text repeats it as a whole, or is the same but for its numbers.
 
 The search is exact. An evaluation row is looked up by its rarest runs, and what it leaves out covers less than the
 share that counts, so a text that reaches it holds one of them (prefix filtering: Chaudhuri, Ganti and Kaushik 2006, A
@@ -111,7 +111,6 @@ class OverlapIndex:
         share = float(weights[shared].sum() / weights.sum())
         if share >= self._shares.words:
             return Overlap(row, "words", share, _longest(own, shared))
-        weights = _without_numbers(own, weights)
         shared = _shared(_masked(own), _masked(found))
         share = float(weights[shared].sum() / weights.sum())
         if share >= self._shares.renumbered:
@@ -124,8 +123,7 @@ class OverlapIndex:
         rows = [row for row, found in enumerate(self._words) if len(found) >= RUN]
         masked = [_masked(self._words[row]) for row in rows]
         weights = [
-            _without_numbers(self._words[row], self._weights[row]) if self._long[row] else np.ones(len(own))
-            for row, own in zip(rows, masked, strict=True)
+            self._weights[row] if self._long[row] else np.ones(len(own)) for row, own in zip(rows, masked, strict=True)
         ]
         least = min(self._shares.words, self._shares.renumbered)
         self._id_of = {word: i for i, word in enumerate(dict.fromkeys(w for own in masked for w in own), start=1)}
@@ -215,17 +213,13 @@ def _weights(sources: Sequence[str], found: Sequence[Sequence[str]]) -> list[Flo
     rows = Counter(sources)
     holding = Counter((source, word) for source, own in zip(sources, found, strict=True) for word in set(own))
     return [
-        np.array([math.log((rows[source] + 1) / holding[source, word]) for word in own])
+        np.array([0.0 if is_number(word) else math.log((rows[source] + 1) / holding[source, word]) for word in own])
         for source, own in zip(sources, found, strict=True)
     ]
 
 
 def _masked(found: Sequence[str]) -> list[str]:
     return [NUMBER if word[0].isnumeric() else word for word in found]
-
-
-def _without_numbers(found: Sequence[str], weights: FloatArray) -> FloatArray:
-    return np.where([is_number(word) for word in found], 0.0, weights)
 
 
 def _shared(own: Sequence[str], others: Sequence[str]) -> IntArray:

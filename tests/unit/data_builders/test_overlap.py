@@ -136,8 +136,7 @@ def plain_share(text: str, own: str, weights: np.ndarray, shares: Shares) -> flo
         direct = plain_cover(text.split(), own.split(), weights)
         if direct >= shares.words:
             return direct
-        numberless = np.array([0.0 if is_number(w) else x for w, x in zip(own.split(), weights, strict=True)])
-        masked = plain_cover(mask, [word.replace("7", "3") for word in own.split()], numberless)
+        masked = plain_cover(mask, [word.replace("7", "3") for word in own.split()], weights)
         if masked >= shares.renumbered:
             return masked
     if len(names) >= overlap.FEW and mask == [word.replace("7", "3") for word in own.split()]:

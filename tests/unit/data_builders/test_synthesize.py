@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment import chat
 from alignment.errors import UserError
 from alignment.rows import Row, read_rows
 from data_builders import synthesize
@@ -92,7 +93,7 @@ def test_the_long_rows_think_and_only_they(files: dict[str, list[Row]]) -> None:
         assert answer.startswith("<think>\n")
         thinking, _, rest = answer.partition("\n</think>\n")
         assert "\\boxed{" in rest and "\\boxed{" not in thinking
-        assert row["messages"][0]["content"] == synthesize.THINKING_PROMPT
+        assert row["messages"][0]["content"] == chat.THINKING_PROMPT
     assert not any("think" in row["messages"][-1]["content"] for row in files["sft_short"])
 
 
