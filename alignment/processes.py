@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -27,6 +28,9 @@ from alignment.errors import UserError
 State = TypeVar("State")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Whole = TypeVar("Whole")
+Part = TypeVar("Part")
+Answer = TypeVar("Answer")  # to a part
 
 AHEAD = 2  # items under way for each process
 
@@ -81,6 +85,24 @@ class Processes(Generic[State, Item, Result]):
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+
+    def map_each(
+        self: "Processes[State, Sequence[Part], list[Answer]]",
+        items: Iterable[Whole],
+        part: Callable[[Whole], Part],
+        size: int,
+    ) -> Iterator[tuple[Whole, Answer]]:
+        """Each item beside its result, where the function takes lists: `size` items go out together, a part of each."""
+        sent: deque[list[Whole]] = deque()
+
+        def parts() -> Iterator[list[Part]]:
+            rest = iter(items)
+            while chunk := list(islice(rest, size)):
+                sent.append(chunk)
+                yield [part(item) for item in chunk]
+
+        for results in self.map(parts()):
+            yield from zip(sent.popleft(), results, strict=True)
 
     def _start(self) -> None:
         ours, theirs = Pipe()

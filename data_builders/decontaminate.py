@@ -8,18 +8,17 @@ is that of data_builders.overlap. It is deterministic, so a killed run starts ov
 """
 
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
 from alignment import job
 from alignment.ledger import Ledger
 from alignment.processes import Processes
 from alignment.progress import track
-from alignment.rows import Row, count_rows, first_rows, local_inputs, located_rows, writing_rows
+from alignment.rows import Row, count_rows, local_inputs, located_rows, writing_rows
 from data_builders.config import DecontaminateConfig, EvaluationFileConfig
 from data_builders.overlap import EvaluationRow, Overlap, OverlapIndex, Shares
-from data_builders.texts import row_text
+from data_builders.texts import check_texts, row_text
 
 CHUNK_ROWS = 2_000
 
@@ -66,17 +65,14 @@ def overlaps(
     rows: Iterable[tuple[str, Row]], index: OverlapIndex, config: DecontaminateConfig
 ) -> Iterator[tuple[Row, Overlap | None]]:
     """Each row with what it repeats, in order; several processes search."""
-    searched: deque[list[Row]] = deque()
 
-    def texts() -> Iterator[list[str]]:
-        rest = iter(rows)
-        while chunk := list(islice(rest, CHUNK_ROWS)):
-            searched.append([row for _, row in chunk])
-            yield [row_text(row, where, config.column, config.turns) for where, row in chunk]
+    def text(located: tuple[str, Row]) -> str:
+        where, row = located
+        return row_text(row, where, config.column, config.turns)
 
     with Processes(config.workers or os.cpu_count() or 1, OverlapIndex.search, index) as processes:
-        for found in processes.map(texts()):
-            yield from zip(searched.popleft(), found, strict=True)
+        for (_, row), overlap in processes.map_each(rows, text, CHUNK_ROWS):
+            yield row, overlap
 
 
 def evidence(overlap: Overlap) -> Row:
@@ -93,11 +89,9 @@ def evidence(overlap: Overlap) -> Row:
 
 
 def plan(config: DecontaminateConfig) -> list[str]:
-    for number, row in enumerate(first_rows(config.rows, "any"), start=1):
-        row_text(row, f"{config.rows} row {number}", config.column, config.turns)
+    check_texts(config.rows, config.column, config.turns)
     for file in config.evaluation.values():
-        for number, row in enumerate(first_rows(file.rows, "any"), start=1):
-            row_text(row, f"{file.rows} row {number}", file.column)
+        check_texts(file.rows, file.column)
     names = ", ".join(f"{name} ({file.rows})" for name, file in config.evaluation.items())
     return [f"{config.rows} without what repeats {names}"]
 

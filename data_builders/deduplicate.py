@@ -9,10 +9,9 @@ and which, the largest clusters first) and ledger.json. It is deterministic, so 
 """
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from xxhash import xxh3_128_digest
 
@@ -20,10 +19,10 @@ from alignment import job
 from alignment.ledger import Ledger
 from alignment.processes import Processes
 from alignment.progress import track
-from alignment.rows import Row, count_rows, first_rows, local_inputs, located_rows, write_rows, writing_rows
+from alignment.rows import Row, count_rows, local_inputs, located_rows, write_rows, writing_rows
 from data_builders.config import DeduplicateConfig
 from data_builders.minhash import NearDuplicates, Signature, signatures
-from data_builders.texts import row_text
+from data_builders.texts import check_texts, row_text
 from data_builders.words import normalised
 
 CHUNK_ROWS = 2_000
@@ -119,23 +118,13 @@ def candidates(config: DeduplicateConfig) -> Iterator[Candidate]:
     if config.near is None:
         yield from located
         return
-    hashed: deque[list[Candidate]] = deque()
     with Processes(config.workers or os.cpu_count() or 1, signatures, config.near) as processes:
-        for found in processes.map(_texts(located, hashed)):
-            for candidate, signature in zip(hashed.popleft(), found, strict=True):
-                yield Candidate(candidate.row, candidate.place, candidate.text, signature)
-
-
-def _texts(rows: Iterable[Candidate], hashed: deque[list[Candidate]]) -> Iterator[list[str]]:
-    rest = iter(rows)
-    while chunk := list(islice(rest, CHUNK_ROWS)):
-        hashed.append(chunk)
-        yield [candidate.text for candidate in chunk]
+        for candidate, signature in processes.map_each(located, lambda candidate: candidate.text, CHUNK_ROWS):
+            yield replace(candidate, signature=signature)
 
 
 def plan(config: DeduplicateConfig) -> list[str]:
-    for number, row in enumerate(first_rows(config.rows, "any"), start=1):
-        row_text(row, f"{config.rows} row {number}", config.column, config.turns)
+    check_texts(config.rows, config.column, config.turns)
     near = "" if config.near is None else f", and those at least {config.near.similarity:g} similar"
     return [f"{config.rows} without exact duplicates{near}"]
 

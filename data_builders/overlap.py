@@ -78,7 +78,7 @@ class OverlapIndex:
         self._normalised = [normalised(row.text) for row in rows]
         self._whole = _first(enumerate(self._normalised))
         self._whole_renumbered = _first(
-            (row, renumbered(rows[row].text)) for row, count in enumerate(spoken) if count >= FEW
+            (row, renumbered(self._normalised[row])) for row, count in enumerate(spoken) if count >= FEW
         )
         self._index()
 
@@ -96,7 +96,7 @@ class OverlapIndex:
             return Overlap(self._rows[self._whole[whole]], "exact", 1.0, whole)
         overlaps = (self._overlap(whole, found, row) for row in candidates)
         best = max((o for o in overlaps if o is not None), key=lambda o: o.share, default=None)
-        other = renumbered(text)
+        other = renumbered(whole)
         if best is None and other in self._whole_renumbered:
             return Overlap(self._rows[self._whole_renumbered[other]], "renumbered", 1.0, other)
         return best

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from alignment.errors import UserError, did_you_mean
-from alignment.rows import Row
+from alignment.rows import Row, first_rows
 
 COLUMNS = ("messages", "prompt", "question", "problem", "text")
 Turns = Literal["user", "all"]
@@ -27,6 +27,12 @@ def row_text(row: Row, where: str, column: str | None = None, turns: Turns = "us
             return _of_turns(messages, turns)
         case other:
             raise UserError(f"{where}: {name!r} must be a text or a list of {{role, content}}, found {other!r:.60}")
+
+
+def check_texts(source: str, column: str | None = None, turns: Turns = "user") -> None:
+    """Refuse, for a dry run, a source whose first rows have no text."""
+    for number, row in enumerate(first_rows(source, "any"), start=1):
+        row_text(row, f"{source} row {number}", column, turns)
 
 
 def _of_turns(messages: Sequence[Row], turns: Turns) -> str:

@@ -36,9 +36,9 @@ def normalised(text: str) -> str:
     return " ".join(PUNCTUATION.sub(" ", folded).split()) or folded.strip()
 
 
-def renumbered(text: str) -> str:
-    """As `normalised`, with 0 for every number."""
-    return NUMBER.sub("0", normalised(text))
+def renumbered(whole: str) -> str:
+    """A normalised text with 0 for every number."""
+    return NUMBER.sub("0", whole)
 
 
 def is_number(word: str) -> bool:

@@ -26,7 +26,7 @@ def test_operators_tell_texts_apart_and_punctuation_does_not() -> None:
     assert normalised("3.5") == "3.5" and normalised("f(x), g(x)") == "f(x) g(x)"
     assert normalised("Is 5! = n! odd!") == "is 5! = n! odd" and normalised("好，我们 走！") == "好 我们 走!"
     assert normalised("?..") == "?..", "what is nothing but punctuation stays"
-    assert renumbered("3 of 1,200.50 for $7.") == "0 of 0 for $0"
+    assert renumbered(normalised("3 of 1,200.50 for $7.")) == "0 of 0 for $0"
 
 
 def test_tokens_are_words_and_signs() -> None:
