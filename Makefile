@@ -30,7 +30,7 @@ demo: setup
 	.venv/bin/alignment run configs/pipelines/demo.yaml $(ARGS)
 
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	.venv/bin/ruff format --check .
