@@ -8,12 +8,12 @@ taken apart; doubt, and a script that no language in question writes, are said.
 """
 
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import regex
-from lingua import IsoCode639_1, LanguageDetector, LanguageDetectorBuilder
+from lingua import IsoCode639_1, Language, LanguageDetector, LanguageDetectorBuilder
 
 from alignment.errors import UserError, did_you_mean
 
@@ -56,15 +56,22 @@ class Identified:
 
     language: str | None
     confidence: float
+    probabilities: Mapping[str, float] = field(default_factory=dict, repr=False)  # none: too few letters to tell
+
+    def against(self, language: str) -> float:
+        """How likely it is that this is in any language but this one, 0 to 1; 0 where there are too few letters.
+
+        Between near languages this says more than `language`: Indonesian that is taken for Malay at .6 is .6 against
+        Indonesian, but English is .99 against it, even where it may as well be Tagalog.
+        """
+        return 1 - self.probabilities.get(language, 0.0) if self.probabilities else 0.0
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """A sentence, or the part of one that is in another script, and its language as in Identified."""
+class Sentence(Identified):
+    """A sentence, or the part of one that is in another script."""
 
-    text: str
-    language: str | None
-    confidence: float
+    text: str = ""
 
     @property
     def letters(self) -> int:
@@ -85,27 +92,23 @@ class Detector:
         runs = list(_runs(text))
         latin = "".join(run for run, is_latin in runs if is_latin)
         rest = "".join(run for run, is_latin in runs if not is_latin)
-        return self._of_latin(latin) if letters(latin) > letters(rest) else self._of_rest(rest)
+        return self._of_run(latin, True) if letters(latin) > letters(rest) else self._of_run(rest, False)
 
     def sentences(self, text: str) -> list[Sentence]:
         """Each sentence that has a letter; of one in two scripts, each part."""
-        found = [(run, self._of_latin(run) if is_latin else self._of_rest(run)) for run, is_latin in _runs(text)]
-        return [Sentence(run.strip(), each.language, each.confidence) for run, each in found]
+        found = ((run.strip(), self._of_run(run, is_latin)) for run, is_latin in _runs(text))
+        return [Sentence(each.language, each.confidence, each.probabilities, run) for run, each in found]
 
-    def _of_latin(self, text: str) -> Identified:
-        found = self._likeliest(text)
-        return found if letters(text) >= LATIN_LETTERS else Identified(None, found.confidence)
-
-    def _of_rest(self, text: str) -> Identified:
-        return self._likeliest(LATIN.sub(" ", text))
-
-    def _likeliest(self, text: str) -> Identified:
-        if not letters(text):
+    def _of_run(self, text: str, is_latin: bool) -> Identified:
+        telling = text if is_latin else LATIN.sub(" ", text)
+        if letters(telling) < (LATIN_LETTERS if is_latin else 1):
             return Identified(None, 0.0)
-        best = self._lingua.compute_language_confidence_values(text)[0]
-        if best.value == 0:
-            return Identified(OTHER, 1.0)
-        return Identified(best.language.iso_code_639_1.name.lower() if best.value >= CONFIDENCE else None, best.value)
+        values = self._lingua.compute_language_confidence_values(telling)
+        best = values[0].value
+        if best == 0:
+            return Identified(OTHER, 1.0, {OTHER: 1.0})
+        probabilities = {_code(each.language): each.value for each in values}
+        return Identified(_code(values[0].language) if best >= CONFIDENCE else None, best, probabilities)
 
 
 def detector(languages: Sequence[str]) -> Detector:
@@ -144,3 +147,7 @@ def _runs(text: str) -> Iterator[tuple[str, bool]]:
     for sentence in BREAK.split(without_noise(text)):
         for match in RUN.finditer(sentence):
             yield match[0], match["latin"] is not None
+
+
+def _code(language: Language) -> str:
+    return language.iso_code_639_1.name.lower()
