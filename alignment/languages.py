@@ -25,10 +25,11 @@ LATIN_LETTERS = 10  # a shorter text in Latin letters is as likely a name
 # What says nothing of a language. A dollar sign opens a formula as in Pandoc, so that prices stay.
 NOISE = regex.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`"  # code
-    r"|\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<![\\$])\$(?=\S)[^$\n]*(?<=\S)\$(?!\d)"  # formulas
+    r"|\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\]|\\\(.{1,2000}?\\\)|(?<![\\$])\$(?=\S)[^$\n]*(?<=\S)\$(?!\d)"  # formulas
     r"|\\[a-zA-Z]+(?:\{[^{}\n]*\})?"  # commands of LaTeX
-    r"|\b(?:https?://|www\.)\S+|\S+@\S+\.\S+|(?<!\w)@\w+"  # links, addresses, names of accounts
-    r"|</?[a-zA-Z|][^<>\n]*>|&#?\w+;|(?<=\])\([^()\s]*\)",  # markup
+    r"|(?<![a-zA-Z])(?:https?://|www\.)[!-~]+|(?<![\w.+-])[\w.+-]*@\w[\w.-]*"  # links, addresses, names of accounts
+    r"|</?[a-zA-Z|][^<>\n]*>|&#?\w+;|(?<=\])\([^()\s]*\)"  # markup
+    r"|[!-~\p{Latin}]{80,}|[\ud800-\udfff]|[^\S\n]+",  # what is no word, halves of characters, wide spaces
     regex.DOTALL,
 )
 # After a sentence's marks, between lines, and at the spaces of Thai, Lao, Khmer and Burmese, which have no such marks.
