@@ -23,7 +23,7 @@ def row_text(row: Row, where: str, column: str | None = None, turns: Turns = "us
     match row[name]:
         case str(text):
             return text
-        case [*messages] if all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        case [*messages] if all(isinstance(m, dict) and isinstance(m.get("content") or "", str) for m in messages):
             return _of_turns(messages, turns)
         case other:
             raise UserError(f"{where}: {name!r} must be a text or a list of {{role, content}}, found {other!r:.60}")
@@ -36,4 +36,4 @@ def check_texts(source: str, column: str | None = None, turns: Turns = "user") -
 
 
 def _of_turns(messages: Sequence[Row], turns: Turns) -> str:
-    return "\n".join(m["content"] for m in messages if turns in ("all", m.get("role")))
+    return "\n".join(m.get("content") or "" for m in messages if turns in ("all", m.get("role")))
