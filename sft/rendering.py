@@ -86,7 +86,10 @@ def render_chunk(tokenizer: PreTrainedTokenizerBase, chunk: Chunk) -> pa.RecordB
     try:
         rendered = chat.render_all(tokenizer, [row[2] for row in chunk.rows], [row[3] for row in chunk.rows])
     except UserError:
-        rendered = [_render_one(chunk.source + place, tokenizer, *rest) for place, _, *rest in chunk.rows]
+        rendered = [
+            _render_one(chunk.source + place, tokenizer, messages, options)
+            for place, _, messages, options in chunk.rows
+        ]
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     facts: list[tuple[int, int, str | None]] = []
     for row in rendered:
