@@ -4,22 +4,25 @@ The template of the models we make is ChatML. A model of the hub keeps its own t
 """
 
 import bisect
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from jinja2 import TemplateError
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alignment.errors import UserError
 from alignment.fingerprint import value_hash
 
 Messages = list[dict[str, Any]]
+Options = Mapping[str, Any]  # of a chat template
+R = TypeVar("R")
 
 TURN_START, TURN_END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THINK_START, THINK_END = "<think>", "</think>"
@@ -27,32 +30,51 @@ ADD_MARKS = "add {% generation %} marks to the chat template"
 
 THINKING_PROMPT = f"Think step by step between {THINK_START} and {THINK_END}, then answer."
 
-# `enable_thinking` adds THINKING_PROMPT to the system turn, where it is not there yet. Turns before the last user's
-# lose their thinking; the model did not write them so, hence they are not trained. The stop token belongs to what the
-# assistant wrote, so it is trained; the newline after it is not.
+TOOLS_BEFORE = "# Tools\\n\\nCall functions where they help. Their signatures:\\n<tools>"
+TOOLS_BEHIND = (
+    "\\n</tools>\\n\\nWrite each call as a JSON object:\\n"
+    '<tool_call>\\n{"name": <function name>, "arguments": <arguments as an object>}\\n</tool_call>'
+)
+
+# `enable_thinking` adds THINKING_PROMPT to the system turn, where it is not there yet, and `tools` their signatures.
+# Calls are written as Hermes and Qwen write them, which vLLM reads (`--tool-call-parser hermes`). Turns before the last
+# user's lose their thinking; the model did not write them so, hence they are not trained. The stop token belongs to
+# what the assistant wrote, so it is trained; the newline after it is not.
 CHATML = (
     "{%- set thinking = '" + THINKING_PROMPT + "' if enable_thinking is defined and enable_thinking else '' -%}"
     "{%- set last = namespace(user=-1) -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}"
     "{%- endfor -%}"
-    "{%- if thinking and messages[0]['role'] != 'system' -%}"
-    "{{- '<|im_start|>system\\n' + thinking + '<|im_end|>\\n' -}}"
+    "{%- set head = namespace(parts=[messages[0]['content']] if messages[0]['role'] == 'system' else []) -%}"
+    "{%- if thinking and thinking not in head.parts | join -%}"
+    "{%- set head.parts = head.parts + [thinking] -%}"
     "{%- endif -%}"
+    "{%- if tools -%}"
+    "{%- set listed = namespace(text='') -%}"
+    "{%- for tool in tools -%}{%- set listed.text = listed.text + '\\n' + tool | tojson -%}{%- endfor -%}"
+    "{%- set head.parts = head.parts + ['" + TOOLS_BEFORE + "' + listed.text + '" + TOOLS_BEHIND + "'] -%}"
+    "{%- endif -%}"
+    "{%- if head.parts -%}{{- '<|im_start|>system\\n' + head.parts | join('\\n\\n') + '<|im_end|>\\n' -}}{%- endif -%}"
     "{%- for message in messages -%}"
+    "{%- if not (loop.first and message['role'] == 'system') -%}"
+    "{%- set said = namespace(text=message['content'] or '') -%}"
+    "{%- set past = message['role'] == 'assistant' and loop.index0 < last.user and '</think>' in said.text -%}"
+    "{%- if past -%}{%- set said.text = said.text.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{%- set function = call['function'] -%}"
+    "{%- set said.text = said.text + ('\\n' if said.text else '') + '<tool_call>\\n{\"name\": ' -%}"
+    "{%- set said.text = said.text + function['name'] | tojson + ', \"arguments\": ' -%}"
+    "{%- set said.text = said.text + function['arguments'] | tojson + '}\\n</tool_call>' -%}"
+    "{%- endfor -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['role'] == 'assistant' and loop.index0 < last.user and '</think>' in message['content'] -%}"
-    "{{- message['content'].split('</think>')[-1].lstrip('\\n') + '<|im_end|>' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{- message['content'] + '<|im_end|>' -}}{%- endgeneration -%}"
+    "{%- if message['role'] == 'assistant' and not past -%}"
+    "{%- generation -%}{{- said.text + '<|im_end|>' -}}{%- endgeneration -%}"
     "{%- else -%}"
-    "{{- message['content'] -}}"
-    "{%- if loop.first and message['role'] == 'system' and thinking and thinking not in message['content'] -%}"
-    "{{- '\\n\\n' + thinking -}}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>' -}}"
+    "{{- said.text + '<|im_end|>' -}}"
     "{%- endif -%}"
     "{{- '\\n' -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
@@ -66,47 +88,44 @@ class Rendered:
     assistant_mask: list[bool]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Rendered:
+def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives the chat template besides its messages: its `chat_template_kwargs`, and its `tools`."""
+    options = dict(row.get("chat_template_kwargs") or {})
+    return options | {"tools": row["tools"]} if row.get("tools") else options
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> Rendered:
     """Render a whole conversation; see `render_all`."""
-    return render_all(tokenizer, [messages])[0]
+    return render_all(tokenizer, [messages], [options])[0]
 
 
-def with_thinking(messages: Messages) -> Messages:
-    """The conversation with THINKING_PROMPT in its system turn: what CHATML makes of it under `enable_thinking`."""
-    first = messages[0]
-    if first["role"] != "system":
-        return [{"role": "system", "content": THINKING_PROMPT}, *messages]
-    if THINKING_PROMPT in first["content"]:
-        return list(messages)
-    return [first | {"content": f"{first['content']}\n\n{THINKING_PROMPT}"}, *messages[1:]]
-
-
-def render_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[Rendered]:
+def render_all(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: Sequence[Options] = ()
+) -> list[Rendered]:
     """Render whole conversations, tokenized together: many at once are far faster than one by one.
 
     The mask comes from the template's `{% generation %}` marks where it has them, else from the difference between
-    each assistant turn's prefix and its end.
+    each assistant turn's prefix and its end. `options` are those of the template, as `enable_thinking` and `tools`, of
+    each conversation; none where there are none.
 
     Raises:
-        UserError: no chat template, one that refuses a conversation, or one without marks whose prefixes change as
-            the conversation grows.
+        UserError: no chat template, one that refuses a conversation or has no place for its tools, or one without
+            marks whose prefixes change as the conversation grows.
     """
-    if _has_marks(str(tokenizer.chat_template)):
-        return _render_by_marks(tokenizer, conversations)
-    return _render_by_prefix(tokenizer, conversations)
+    way = _render_by_marks if _has_marks(str(tokenizer.chat_template)) else _render_by_prefix
+    return _by_options(way, tokenizer, conversations, options)
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **template_options: Any) -> list[int]:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> list[int]:
     """Token ids of a conversation, ending where the assistant is to answer. Options as `enable_thinking`."""
-    return list(_apply(tokenizer, messages, add_generation_prompt=True, **template_options)["input_ids"])
+    return render_prompts(tokenizer, [messages], [options])[0]
 
 
-def render_prompts(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[list[int]]:
+def render_prompts(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: Sequence[Options] = ()
+) -> list[list[int]]:
     """`render_prompt` of each, tokenized together: far faster than one by one."""
-    if not conversations:
-        return []
-    texts = _texts(tokenizer, conversations, add_generation_prompt=True)
-    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
+    return _by_options(_render_prompts, tokenizer, conversations, options)
 
 
 def stop_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -134,9 +153,50 @@ def render_completions(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str])
     return [[*ids, stop] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> BatchEncoding:
-    with _template_of(tokenizer):
-        return cast(BatchEncoding, tokenizer.apply_chat_template(messages, return_dict=True, **options))
+def _by_options(
+    way: Callable[[PreTrainedTokenizerBase, Sequence[Messages], Options], list[R]],
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    options: Sequence[Options],
+) -> list[R]:
+    """Each conversation rendered: those with the same options together, in one group where none has any."""
+    groups: dict[str, list[int]] = {}
+    for index, each in enumerate(options or [{}] * len(conversations)):
+        groups.setdefault(json.dumps(each, default=str), []).append(index)
+    found: dict[int, R] = {}
+    for group in groups.values():
+        chosen = dict(options[group[0]]) if options else {}
+        calling = [[_with_calls_as_objects(message) for message in conversations[index]] for index in group]
+        _check_place(tokenizer, calling, chosen)
+        found |= zip(group, way(tokenizer, calling, chosen), strict=True)
+    return [found[index] for index in range(len(conversations))]
+
+
+def _with_calls_as_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI writes a call's arguments as JSON text; the template gets objects of either, as vLLM gives it."""
+    if not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    objects = [
+        f | {"arguments": json.loads(f["arguments"])} if isinstance(f["arguments"], str) else f for f in functions
+    ]
+    return message | {"tool_calls": [{"type": "function", "function": function} for function in objects]}
+
+
+def _check_place(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: Options) -> None:
+    """Tools and calls that a template does not know it leaves out without a word."""
+    used = {"tools"} if options.get("tools") else set()
+    used |= {"tool_calls" for messages in conversations for message in messages if message.get("tool_calls")}
+    for name in sorted(used):
+        if not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):
+            raise UserError(f"{tokenizer.name_or_path}: its chat template has no place for a row's {name!r}")
+
+
+def _render_prompts(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: Options
+) -> list[list[int]]:
+    texts = _texts(tokenizer, conversations, add_generation_prompt=True, **options)
+    return cast(list[list[int]], tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
 @contextmanager
@@ -155,15 +215,18 @@ def _has_marks(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def _render_by_marks(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[Rendered]:
+def _render_by_marks(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: Options
+) -> list[Rendered]:
     """What `apply_chat_template(return_assistant_tokens_mask=True)` gives; its search for tokens is slow."""
     render_texts = cast(Any, render_jinja_template)  # it is typed to return a str
     with _template_of(tokenizer):
         texts, marks = render_texts(
             list(conversations),
-            chat_template=tokenizer.get_chat_template(),
+            chat_template=tokenizer.get_chat_template(tools=options.get("tools")),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
+            **options,
         )
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     columns = zip(encoded["input_ids"], encoded["offset_mapping"], marks, strict=True)
@@ -181,7 +244,9 @@ def _marked(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
     return mask
 
 
-def _render_by_prefix(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[Rendered]:
+def _render_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], options: Options
+) -> list[Rendered]:
     if any(messages[0]["role"] == "assistant" for messages in conversations):
         raise UserError(f"{tokenizer.name_or_path}: nothing comes before the assistant's first turn; {ADD_MARKS}")
     turns = [
@@ -190,9 +255,9 @@ def _render_by_prefix(tokenizer: PreTrainedTokenizerBase, conversations: Sequenc
         for index, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
-    befores = _texts(tokenizer, [messages[:index] for messages, index in turns], add_generation_prompt=True)
-    afters = _texts(tokenizer, [messages[: index + 1] for messages, index in turns])
-    wholes = _texts(tokenizer, conversations)
+    befores = _texts(tokenizer, [messages[:index] for messages, index in turns], add_generation_prompt=True, **options)
+    afters = _texts(tokenizer, [messages[: index + 1] for messages, index in turns], **options)
+    wholes = _texts(tokenizer, conversations, **options)
     different = list(dict.fromkeys([*befores, *afters, *wholes]))  # most often the last turn's end is the whole
     ids = dict(zip(different, tokenizer(different, add_special_tokens=False)["input_ids"], strict=True))
     ends = iter(zip(befores, afters, strict=True))

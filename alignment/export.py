@@ -120,10 +120,11 @@ def check_tokens(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, row: dict[str, object], source: str) -> list[int]:
+    options = chat.template_options(row)
     if "messages" in row:
-        return chat.render(tokenizer, row["messages"]).input_ids  # type: ignore[arg-type]
+        return chat.render(tokenizer, row["messages"], **options).input_ids  # type: ignore[arg-type]
     if "prompt" in row:
-        return chat.render_prompt(tokenizer, row["prompt"])  # type: ignore[arg-type]
+        return chat.render_prompt(tokenizer, row["prompt"], **options)  # type: ignore[arg-type]
     raise UserError(f"{source}: a row has neither 'messages' nor 'prompt'; it has {', '.join(row)}")
 
 

@@ -72,7 +72,7 @@ def inspect_rows(source: str, tokenizer: PreTrainedTokenizerBase | None = None, 
     for number, row in enumerate(track(rows, len(rows), "rows"), start=1):
         report.languages[str(row.get("language", "-"))] += 1
         report.kinds[str(row.get("kind", "-"))] += 1
-        views = {label: _view(turns, answer, tokenizer, number) for label, turns, answer in _conversations(row, kind)}
+        views = {label: _view(row, parts, tokenizer, number) for label, *parts in _conversations(row, kind)}
         report.lengths += [len(view) for view in views.values()]
         faults = {fault for view in views.values() for fault in view.faults()}
         if row.get("id") in ids:
@@ -118,8 +118,9 @@ class CharacterView:
         return sum(len(message["content"]) for message in self.context + self.answer)
 
     def faults(self) -> Iterator[str]:
-        contents = [message["content"] for message in self.context + self.answer]
-        if not all(content.strip() for content in contents):
+        messages = self.context + self.answer
+        contents = [message["content"] for message in messages]
+        if not all(message["content"].strip() or message.get("tool_calls") for message in messages):
             yield "empty content"
         if any(REPLACEMENT in content for content in contents):
             yield f"replacement character {REPLACEMENT}: the text was decoded wrongly"
@@ -186,22 +187,25 @@ def _tokens(rendered: chat.Rendered) -> Iterator[tuple[int, bool]]:
 
 
 def _view(
-    context: chat.Messages, answer: chat.Messages, tokenizer: PreTrainedTokenizerBase | None, number: int
+    row: Row, parts: Sequence[chat.Messages], tokenizer: PreTrainedTokenizerBase | None, number: int
 ) -> CharacterView:
+    context, answer = parts
     if tokenizer is None:
         return CharacterView(context, answer)
     try:
-        return TokenView(context, answer, tokenizer, _render(context, answer, tokenizer))
+        return TokenView(context, answer, tokenizer, _render(context, answer, tokenizer, chat.template_options(row)))
     except UserError as error:
         raise UserError(f"row {number}: {error}") from None
 
 
-def _render(context: chat.Messages, answer: chat.Messages, tokenizer: PreTrainedTokenizerBase) -> chat.Rendered:
+def _render(
+    context: chat.Messages, answer: chat.Messages, tokenizer: PreTrainedTokenizerBase, options: chat.Options
+) -> chat.Rendered:
     """Tokens and loss mask; the assistant's turns in `context` are not trained."""
-    start = chat.render_prompt(tokenizer, context) if context else []
+    start = chat.render_prompt(tokenizer, context, **options) if context else []
     if not answer:
         return chat.Rendered(start, [False] * len(start))
-    whole = chat.render(tokenizer, context + answer)
+    whole = chat.render(tokenizer, context + answer, **options)
     mask = [kept and index >= len(start) for index, kept in enumerate(whole.assistant_mask)]
     return chat.Rendered(whole.input_ids, mask)
 

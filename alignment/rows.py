@@ -30,6 +30,7 @@ CONVERSATIONS: dict[Kind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "any": (),
 }
+ANSWERS = ("chosen", "rejected")
 
 
 def read_rows(source: Path | str, kind: Kind = "any") -> Iterator[Row]:
@@ -124,6 +125,21 @@ def check_row(row: Any, kind: Kind, where: str) -> None:
             hint = did_you_mean(column, row) if row else ""
             raise UserError(f"{where}: row has no {column!r}, expected a list of {{role, content}}{hint}")
         _check_conversation(row[column], column, where)
+        if column in ANSWERS and any(message.get("tool_calls") for message in row[column]):
+            raise UserError(
+                f"{where}: {column!r} has 'tool_calls', which only 'messages' and 'prompt' may; write it as text"
+            )
+    if kind != "any":
+        _check_template_columns(row, where)
+
+
+def _check_template_columns(row: Row, where: str) -> None:
+    """What chat templates are given besides messages."""
+    if not isinstance(row.get("chat_template_kwargs") or {}, dict):
+        raise UserError(f"{where}: 'chat_template_kwargs' must be an object")
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{where}: 'tools' must be a list of objects, the schemas of functions")
 
 
 def _check_conversation(messages: Any, column: str, where: str) -> None:
@@ -131,11 +147,31 @@ def _check_conversation(messages: Any, column: str, where: str) -> None:
         raise UserError(f"{where}: {column!r} must be a non-empty list of {{role, content}}")
     for index, message in enumerate(messages):
         place = f"{where}: {column}[{index}]"
+        if isinstance(message, dict) and message.get("tool_calls"):
+            _check_calls(message, place)
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{place} must be an object with 'role' and a text 'content'")
         if message.get("role") not in ROLES:
             role = str(message.get("role"))
             raise UserError(f"{place} has role {role!r}{did_you_mean(role, ROLES)}")
+
+
+def _check_calls(message: Row, place: str) -> None:
+    """Calls as OpenAI writes them; where nothing is said besides, the content may be null, which becomes no text."""
+    message["content"] = message.get("content") or ""
+    if message.get("role") != "assistant":
+        raise UserError(f"{place} has 'tool_calls', which only the assistant's may")
+    for call in message["tool_calls"]:
+        match call:
+            case {"function": {"name": str(), "arguments": dict()}}:
+                pass
+            case {"function": {"name": str(), "arguments": str(text)}}:
+                _parse(text.encode("utf-8", "surrogatepass"), f"{place}: arguments of {call['function']['name']!r}")
+            case _:
+                raise UserError(
+                    f"{place}: 'tool_calls' must be a list of {{function: {{name, arguments}}}}, the arguments an "
+                    f"object or its JSON text, found {call!r:.60}"
+                )
 
 
 def _suffix(name: str, among: Sequence[str] = SUFFIXES + WHOLE) -> str | None:

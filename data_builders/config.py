@@ -144,3 +144,29 @@ class DeduplicateConfig(JobConfig):
     turns: Literal["user", "all"] = Field("user", description="which messages are compared")
     near: NearDuplicatesConfig | None = Field(NearDuplicatesConfig(), description="null: exact duplicates alone")
     workers: int | None = Field(None, ge=1, description="processes that hash; default: one for each core")
+
+
+class LanguagesConfig(JobConfig):
+    """Rows whose sentences keep to one language; see alignment.languages."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows of any kind")
+    column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
+    turns: Literal["user", "assistant", "all"] = Field("assistant", description="which messages are checked")
+    languages: list[str] = Field(
+        default=["en", "zh", "id", "ms", "th", "vi", "tl", "pt"], description="what may occur, ISO 639-1 codes"
+    )
+    language: str | None = Field(
+        None, description="what all rows should be in; default: a row's `language`, or what most of its text is in"
+    )
+    stray: float = Field(0.2, ge=0, lt=1, description="share of a row's letters in other languages, at most")
+    confidence: float = Field(
+        0.8, gt=0, le=1, description="how likely a sentence is in another language, at least, to count as one that is"
+    )
+    label: bool = Field(True, description="write `language` and `language_confidence` where a row has no `language`")
+    workers: int | None = Field(None, ge=1, description="processes that identify; default: one for each core")
+
+    @model_validator(mode="after")
+    def _language_in_question(self) -> Self:
+        if self.language is not None and self.language not in self.languages:
+            raise ValueError(f"language: {self.language!r} is not among 'languages'")
+        return self

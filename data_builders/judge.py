@@ -65,7 +65,8 @@ class RewardModel:
     def score(self, chunk: GradedChunk) -> list[float]:
         prompts, answers = [], []
         for prompt, samples in zip(chunk.prompts, chunk.samples, strict=True):
-            ids = chat.render_prompt(self._tokenizer, prompt["prompt"]) if samples else []
+            options = chat.template_options(prompt)
+            ids = chat.render_prompt(self._tokenizer, prompt["prompt"], **options) if samples else []
             prompts += [ids] * len(samples or ())
             answers += [self._answer(sample) for sample in samples or ()]
         return self._scorer.score(prompts, answers)

@@ -22,6 +22,7 @@ import numpy as np
 from alignment.rows import Row
 from data_builders.config import PairingConfig
 
+COPIED = ("kind", "language", "source", "template", "chat_template_kwargs", "tools")  # from the prompt's row
 CORRECT = "correct"
 INCORRECT = ("wrong", "no_answer")  # other verdicts say nothing of the sample: it is neither chosen nor rejected
 
@@ -103,7 +104,7 @@ def pair_row(prompt: Row, pair: Pair, origin: Origin) -> Row:
     both = (pair.chosen, pair.rejected)
     return {
         "id": f"{prompt['id']}/{pair.chosen.index}/{pair.rejected.index}",
-        **{key: prompt[key] for key in ("kind", "language", "source", "template") if key in prompt},
+        **{key: prompt[key] for key in COPIED if key in prompt},
         "prompt": prompt["prompt"],
         "chosen": [{"role": "assistant", "content": pair.chosen.text}],
         "rejected": [{"role": "assistant", "content": pair.rejected.text}],

@@ -1,4 +1,4 @@
-"""The text of a row of any kind: what somebody was asked."""
+"""The text of a row of any kind: what somebody was asked, or what was answered."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -7,11 +7,11 @@ from alignment.errors import UserError, did_you_mean
 from alignment.rows import Row, first_rows
 
 COLUMNS = ("messages", "prompt", "question", "problem", "text")
-Turns = Literal["user", "all"]
+Turns = Literal["user", "assistant", "all"]
 
 
 def row_text(row: Row, where: str, column: str | None = None, turns: Turns = "user") -> str:
-    """The text in `column`, or in the first of COLUMNS that the row has; of a conversation the user's turns, or all.
+    """The text in `column`, or in the first of COLUMNS that the row has; of a conversation the turns of `turns`.
 
     Raises:
         UserError: no such column, or neither text nor a conversation in it.
@@ -23,7 +23,7 @@ def row_text(row: Row, where: str, column: str | None = None, turns: Turns = "us
     match row[name]:
         case str(text):
             return text
-        case [*messages] if all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        case [*messages] if all(isinstance(m, dict) and isinstance(m.get("content") or "", str) for m in messages):
             return _of_turns(messages, turns)
         case other:
             raise UserError(f"{where}: {name!r} must be a text or a list of {{role, content}}, found {other!r:.60}")
@@ -36,4 +36,4 @@ def check_texts(source: str, column: str | None = None, turns: Turns = "user") -
 
 
 def _of_turns(messages: Sequence[Row], turns: Turns) -> str:
-    return "\n".join(m["content"] for m in messages if turns == "all" or m.get("role") == "user")
+    return "\n".join(m.get("content") or "" for m in messages if turns in ("all", m.get("role")))

@@ -44,7 +44,7 @@ def tokenize_pairs(
     pairs: list[dict[str, Any]] = []
     for row in rows:
         ledger.rows_in += 1
-        prompt_ids = chat.render_prompt(tokenizer, list(row["prompt"]))
+        prompt_ids = chat.render_prompt(tokenizer, list(row["prompt"]), **chat.template_options(row))
         sides = _sampled_ids(tokenizer, row) if row.get("tokenizer") == own else None
         ledger.retokenized += sides is None and row.get("token_ids") is not None
         sides = sides or [_completion_ids(tokenizer, row, side) for side in SIDES]

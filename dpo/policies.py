@@ -100,7 +100,9 @@ class Policies(Closing):
     def _answers(self, model: Path, prompts: Sequence[Row]) -> list[Answer]:
         tokenizer = models.load_tokenizer(ModelConfig(path=str(model)))
         room = self.config.engine.max_model_len - self.config.sampling.max_tokens
-        rendered = ((row["id"], chat.render_prompt(tokenizer, row["prompt"])) for row in prompts)
+        rendered = (
+            (row["id"], chat.render_prompt(tokenizer, row["prompt"], **chat.template_options(row))) for row in prompts
+        )
         probes = dict(islice(((name, ids) for name, ids in rendered if len(ids) <= room), PROBES))
         if not probes:
             raise UserError(

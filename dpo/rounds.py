@@ -82,10 +82,12 @@ def evaluation_sampling(config: OnlineConfig) -> Any:
 def kl_to_initial(config: OnlineConfig, evaluation: Path, held_out: Sequence[Row]) -> dict[str, float]:
     """How far the evaluated policy is from the first one: the first answer to each of the first prompts."""
     tokenizer = models.load_tokenizer(ModelConfig(path=config.model))
-    prompts = {row["id"]: row["prompt"] for row in held_out}
+    prompts = {
+        row["id"]: chat.render_prompt(tokenizer, row["prompt"], **chat.template_options(row)) for row in held_out
+    }
     graded = zip(range(KL_PROMPTS), read_graded(evaluation / "graded.parquet"), strict=False)
     first = [(prompts[name], samples[0]) for _, (name, samples) in graded]
-    answers = [Answer(chat.render_prompt(tokenizer, prompt), s.token_ids, s.logprob) for prompt, s in first]
+    answers = [Answer(prompt, s.token_ids, s.logprob) for prompt, s in first]
     return divergence(answers, Path(config.model), config.dtype).as_metrics()
 
 

@@ -92,7 +92,10 @@ def score(samples: Samples, folder: Path, batch_tokens: int) -> Array:
     """A reward model's scores [P, N]. It reads the sampled token ids where the samples have them, else their texts."""
     tokenizer = models.load_tokenizer(ModelConfig(path=str(folder)))
     reads_tokens = _reads_tokens(tokenizer, folder, samples.rows)
-    prompts = {name: chat.render_prompt(tokenizer, row["prompt"]) for name, row in samples.prompts.items()}
+    prompts = {
+        name: chat.render_prompt(tokenizer, row["prompt"], **chat.template_options(row))
+        for name, row in samples.prompts.items()
+    }
     answers = [
         row["token_ids"]
         if reads_tokens and row.get("token_ids") is not None

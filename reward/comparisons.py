@@ -82,7 +82,7 @@ def _text(answer: Any, column: str, where: str) -> str:
     match answer:
         case str():
             return answer
-        case [{"role": "assistant", "content": str(text)}]:
+        case [{"role": "assistant", "content": str(text), **others}] if not others.get("tool_calls"):
             return text
     raise UserError(
         f"{where}: {column!r} must be a text or one message of the assistant's (earlier turns belong to 'prompt'), "

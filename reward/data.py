@@ -29,7 +29,7 @@ from alignment.progress import track
 from alignment.rows import count_rows, located_rows
 from reward.rendering import SCHEMA, render
 
-FORMAT = 1
+FORMAT = 2
 PAIRS = "pairs.arrow"
 POLL_SECONDS = 0.2
 

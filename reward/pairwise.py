@@ -102,7 +102,11 @@ def without_overlong(rows: Sequence[Comparison], config: PairwiseConfig, ledger:
 
 def _length(row: Comparison, tokenizer: PreTrainedTokenizerBase) -> int:
     answers = [chat.render_completion(tokenizer, text) for text in (row.chosen, *row.rejected)]
-    return len(chat.render_prompt(tokenizer, row.prompt)) + max(map(len, answers))
+    return len(_prompt(tokenizer, row)) + max(map(len, answers))
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, row: Comparison) -> list[int]:
+    return chat.render_prompt(tokenizer, row.prompt, **chat.template_options(row.row))
 
 
 def all_scores(rows: Sequence[Comparison], config: PairwiseConfig, folder: Path) -> dict[str, Scores]:
@@ -122,7 +126,7 @@ def score(rows: Sequence[Comparison], folder: Path, batch_tokens: int) -> Scores
     tokenizer = models.load_tokenizer(ModelConfig(path=str(folder)))
     prompts, answers = [], []
     for row in rows:
-        prompts += [chat.render_prompt(tokenizer, row.prompt)] * (1 + len(row.rejected))
+        prompts += [_prompt(tokenizer, row)] * (1 + len(row.rejected))
         answers += [chat.render_completion(tokenizer, text) for text in (row.chosen, *row.rejected)]
     scores = iter(Scorer(folder, batch_tokens).score(prompts, answers))
     return [[next(scores) for _ in range(1 + len(row.rejected))] for row in rows]

@@ -52,14 +52,16 @@ def _render_chunk(chunk: Sequence[tuple[str, Row]], tokenizer: PreTrainedTokeniz
 
 def _prompts(chunk: Sequence[tuple[str, Row]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     try:
-        return chat.render_prompts(tokenizer, [row["prompt"] for _, row in chunk])
+        return chat.render_prompts(
+            tokenizer, [row["prompt"] for _, row in chunk], [chat.template_options(row) for _, row in chunk]
+        )
     except UserError:
         return list(chain.from_iterable(_prompt(where, row, tokenizer) for where, row in chunk))
 
 
 def _prompt(where: str, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     try:
-        return chat.render_prompts(tokenizer, [row["prompt"]])
+        return chat.render_prompts(tokenizer, [row["prompt"]], [chat.template_options(row)])
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

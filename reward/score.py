@@ -81,7 +81,10 @@ def score_rows(rows: Sequence[Row], scorer: AnyScorer, tokenizer: PreTrainedToke
     `tokens` are those of its answers, each with its prompt; a row that is too long counts none.
     """
     rendered = [
-        (chat.render_prompt(tokenizer, row["prompt"]), [chat.render_completion(tokenizer, text) for text in texts])
+        (
+            chat.render_prompt(tokenizer, row["prompt"], **chat.template_options(row)),
+            [chat.render_completion(tokenizer, text) for text in texts],
+        )
         for row, texts in ((row, completions_of(row, "row")) for row in rows)
     ]
     read = [len(prompt) + max(map(len, answers)) <= scorer.context for prompt, answers in rendered]

@@ -32,7 +32,7 @@ from alignment.rows import count_rows, located_rows
 from sft import rendering
 from sft.config import PrepareConfig
 
-FORMAT = 1
+FORMAT = 2
 REJECTED = (rendering.NOTHING_TO_TRAIN, rendering.NO_STOP, rendering.STOP_INSIDE)
 REJECTS_LISTED = 100
 POLL_SECONDS = 0.2

@@ -41,19 +41,20 @@ ROWS_FOR_PROCESSES = 8192
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive rows of a source: for each its place (behind the source's name), its id and its messages."""
+    """Consecutive rows of a source: each its place behind the source's name, id, messages, template's options."""
 
     source: str
-    rows: list[tuple[str, str | None, chat.Messages]]
+    rows: list[tuple[str, str | None, chat.Messages, chat.Options]]
 
 
 def chunks(source: str, rows: Iterable[tuple[str, Row]]) -> Iterator[Chunk]:
     """`rows` with their places, as of `alignment.rows.located_rows`, in chunks."""
-    taken: list[tuple[str, str | None, chat.Messages]] = []
+    taken: list[tuple[str, str | None, chat.Messages, chat.Options]] = []
     characters = 0
     for where, row in rows:
         name = row.get("id")
-        taken.append((where.removeprefix(source), None if name is None else str(name), row["messages"]))
+        name = None if name is None else str(name)
+        taken.append((where.removeprefix(source), name, row["messages"], chat.template_options(row)))
         characters += sum(len(message["content"]) for message in row["messages"])
         if len(taken) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
             yield Chunk(source, taken)
@@ -83,9 +84,12 @@ def render(pending: Iterator[Chunk], tokenizer: PreTrainedTokenizerBase, workers
 def render_chunk(tokenizer: PreTrainedTokenizerBase, chunk: Chunk) -> pa.RecordBatch:
     """The rows of a chunk, tokenized, with the reasons of those that are rejected."""
     try:
-        rendered = chat.render_all(tokenizer, [messages for _, _, messages in chunk.rows])
+        rendered = chat.render_all(tokenizer, [row[2] for row in chunk.rows], [row[3] for row in chunk.rows])
     except UserError:
-        rendered = [_render_one(chunk.source + place, tokenizer, messages) for place, _, messages in chunk.rows]
+        rendered = [
+            _render_one(chunk.source + place, tokenizer, messages, options)
+            for place, _, messages, options in chunk.rows
+        ]
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     facts: list[tuple[int, int, str | None]] = []
     for row in rendered:
@@ -96,7 +100,7 @@ def render_chunk(tokenizer: PreTrainedTokenizerBase, chunk: Chunk) -> pa.RecordB
         kept.append((ids, trained) if reason is None else (ids[:0], trained[:0]))
     offsets = pa.array([0, *accumulate(len(ids) for ids, _ in kept)], pa.int64())
     lengths, trained_tokens, reasons = zip(*facts, strict=True)
-    places, names, _ = zip(*chunk.rows, strict=True)
+    places, names, _, _ = zip(*chunk.rows, strict=True)
     columns = [
         pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate([ids for ids, _ in kept]))),
         pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate([trained for _, trained in kept]))),
@@ -127,8 +131,10 @@ def reject(ids: np.ndarray, trained: np.ndarray, tokenizer: PreTrainedTokenizerB
     return None
 
 
-def _render_one(where: str, tokenizer: PreTrainedTokenizerBase, messages: chat.Messages) -> chat.Rendered:
+def _render_one(
+    where: str, tokenizer: PreTrainedTokenizerBase, messages: chat.Messages, options: chat.Options
+) -> chat.Rendered:
     try:
-        return chat.render(tokenizer, messages)
+        return chat.render(tokenizer, messages, **options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from alignment.chat import render_prompt, stop_token_id, tokenizer_hash
+from alignment.chat import render_prompt, stop_token_id, template_options, tokenizer_hash
 from alignment.config import SamplingConfig
 from alignment.errors import UserError
 from alignment.rollout.budget import Marks, generate_within
@@ -64,7 +64,7 @@ def sample(
 ) -> Iterator[Chunk]:
     """`sampling.n` answers to each prompt row (`id`, `prompt`), stored below `root`, a chunk at a time.
 
-    A row's `chat_template_kwargs` go to the chat template.
+    A row's `chat_template_kwargs` and `tools` go to the chat template.
 
     A chunk is `chunk_prompts` consecutive rows; one that is stored is not sampled again. A chunk's samples depend on
     its prompts, the weights, tokenizer, parameters, seed and engine settings alone, so a run that was killed, or spread
@@ -129,9 +129,7 @@ def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
 
 def _fitting(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], room: int) -> dict[str, list[int]]:
     """Id -> tokens of the prompts that leave room for an answer."""
-    rendered = {
-        row["id"]: render_prompt(tokenizer, row["prompt"], **row.get("chat_template_kwargs", {})) for row in rows
-    }
+    rendered = {row["id"]: render_prompt(tokenizer, row["prompt"], **template_options(row)) for row in rows}
     return {name: ids for name, ids in rendered.items() if len(ids) <= room}
 
 

@@ -3,6 +3,7 @@
 `killed` makes the models and ends in SIGKILL before the second chunk; `whole` goes on from there and writes whole.json.
 """
 
+import asyncio
 import gc
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedTokenizerFast
 
+from alignment import tokenizer as byte_tokenizer
 from alignment.config import EngineConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.rollout import engine as engine_module
@@ -32,6 +34,31 @@ VOCABULARY = 96
 CONFIG = EngineConfig(max_model_len=128, max_num_seqs=24, kv_cache_gib=0.25)
 SAMPLING = SamplingConfig(n=8, max_tokens=24)
 PROMPTS = [{"id": f"p{i}", "prompt": [{"role": "user", "content": f"t{i} " * (12 + 7 * i)}]} for i in range(10)]
+
+CALL = {"name": "price", "arguments": '{"item":"ส้ม 😀","count":3}'}
+WITH_TOOLS = {
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "How much?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": CALL}]},
+        {"role": "tool", "tool_call_id": "1", "content": "12 baht"},
+    ],
+    "tools": [
+        {"type": "function", "function": {"name": "price", "description": "ราคา", "parameters": {"type": "object"}}}
+    ],
+}
+TURNS = {
+    "messages": [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "<think>\nOne and one.\n</think>\n\nTwo."},
+        {"role": "user", "content": "Và 2 + 2?"},
+    ]
+}
+REQUESTS = [
+    request | {"chat_template_kwargs": {"enable_thinking": deep}}
+    for request in (WITH_TOOLS, TURNS)
+    for deep in (False, True)
+]
 
 
 class MortalEngine(VLLMEngine):
@@ -140,7 +167,32 @@ def whole(folder: Path) -> dict[str, Any]:
     gc.collect()
     found["freed_mib"] = (before - psutil.Process().memory_info().rss) / 2**20
     found["dist_closed"] = not torch.distributed.is_initialized()
+    found["chats"] = [{"request": request, "prompt": prompt} for request, prompt in chats(folder / "chat")]
     return found
+
+
+def chats(folder: Path) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """The token ids that vLLM's server makes of requests to /v1/chat/completions, before any engine sees them."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.renderers import renderer_from_config
+    from vllm.renderers.online_renderer import OnlineRenderer
+
+    save_model(folder, seed=4, max_position_embeddings=4096)
+    byte_tokenizer.train(iter(["a"]), vocab_size=300, max_length=4096).save_pretrained(folder)
+    config = EngineArgs(model=str(folder), dtype="float32").create_engine_config()
+    server = OnlineRenderer(
+        config.model_config,
+        renderer_from_config(config),
+        request_logger=None,
+        chat_template=None,
+        chat_template_content_format="auto",
+        enable_auto_tools=True,
+        tool_parser="hermes",
+    )
+    for request in REQUESTS:
+        _, [engine_input] = asyncio.run(server.render_chat(ChatCompletionRequest(**request, max_tokens=1)))
+        yield request, engine_input["prompt_token_ids"]
 
 
 def idle_cpu_share(seconds: float = 2.0) -> float:

@@ -6,6 +6,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
+
+from alignment import chat
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -55,3 +58,28 @@ def test_the_engine_leaves_the_process_as_it_was(found):
     assert found["idle_cpu_share"] < 0.2
     assert found["freed_mib"] > 200  # the cache alone has 256
     assert found["dist_closed"]
+
+
+def test_vllm_s_chat_is_what_training_and_transformers_render(found, rollouts):
+    """Token by token: tools, calls, both modes; and the training row goes on from there."""
+    words = AutoTokenizer.from_pretrained(rollouts / "chat")
+    answer = {"role": "assistant", "content": "<think>\nx\n</think>\n\nIt costs 12. 二"}
+    prompts = [each["prompt"] for each in found["chats"]]
+    assert len({tuple(prompt) for prompt in prompts}) == 4
+    for each in found["chats"]:
+        request, prompt = each["request"], each["prompt"]
+        options = chat.template_options(request)
+        assert prompt == chat.render_prompt(words, request["messages"], **options)
+        row = chat.render(words, [*request["messages"], answer], **options).input_ids
+        assert row[:-1] == prompt + chat.render_completion(words, answer["content"])
+        for message in request["messages"]:
+            for call in message.get("tool_calls", []):
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"])  # as transformers wants them
+        theirs = words.apply_chat_template(
+            request["messages"], add_generation_prompt=True, return_dict=False, **options
+        )
+        assert prompt == theirs
+    text = words.decode(prompts[1])
+    assert all(
+        part in text for part in (chat.THINKING_PROMPT, '"description": "ราคา"', '{"item": "ส้ม 😀", "count": 3}')
+    )

@@ -95,27 +95,32 @@ THOUGHT = assistant("<think>\n1 and 1\n</think>\nTwo.")
 
 
 @pytest.mark.parametrize(
-    "messages",
+    ("messages", "same"),
     [
-        [user("1+1")],
-        [system("Be kind."), user("1+1"), THOUGHT],
-        [system(f"Be kind. {chat.THINKING_PROMPT}"), user("1+1"), THOUGHT],
-        [user("a"), THOUGHT, user("b"), THOUGHT],
-        [user("call"), assistant("<think>x</think>{}"), {"role": "tool", "content": "12"}, THOUGHT],
+        ([user("1+1")], [system(chat.THINKING_PROMPT), user("1+1")]),
+        (
+            [system("Be kind."), user("1+1"), THOUGHT],
+            [system(f"Be kind.\n\n{chat.THINKING_PROMPT}"), user("1+1"), THOUGHT],
+        ),
+        ([system(f"Be kind. {chat.THINKING_PROMPT}"), user("1+1"), THOUGHT], None),
+        (
+            [user("a"), THOUGHT, user("b"), THOUGHT],
+            [system(chat.THINKING_PROMPT), user("a"), THOUGHT, user("b"), THOUGHT],
+        ),
     ],
 )
 def test_the_switch_is_the_system_prompt(
-    tiny_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]
+    tiny_tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]], same: list[dict[str, Any]] | None
 ) -> None:
     """What transformers and vLLM render under `enable_thinking` is what training renders of the rows."""
     options: dict[str, Any] = {"add_generation_prompt": messages[-1]["role"] == "user", "return_dict": False}
     on = tiny_tokenizer.apply_chat_template(messages, enable_thinking=True, **options)
-    assert on == tiny_tokenizer.apply_chat_template(chat.with_thinking(messages), **options)
+    assert on == tiny_tokenizer.apply_chat_template(same or messages, **options)
     assert tiny_tokenizer.decode(on).count(chat.THINKING_PROMPT) == 1
     off = tiny_tokenizer.apply_chat_template(messages, enable_thinking=False, **options)
     assert off == tiny_tokenizer.apply_chat_template(messages, **options)
-    again = chat.with_thinking(messages)
-    assert chat.with_thinking(again) == again
+    if messages[-1]["role"] == "assistant":
+        assert chat.render(tiny_tokenizer, messages, enable_thinking=True).input_ids == on
 
 
 @pytest.mark.parametrize("first", ["", "<think></think>", "<think>\n\n</think>\n\n", "<think>long\nthoughts</think>\n"])
@@ -143,28 +148,6 @@ def test_thinking_before_a_tool_s_answer_stays_and_is_trained(bytewise: PreTrain
     rendered = chat.render(bytewise, messages)
     trained = bytewise.decode([i for i, m in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if m])
     assert trained == "<think>x</think>{}" + chat.TURN_END + THOUGHT["content"] + chat.TURN_END
-
-
-LLAMA_LIKE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '<|h|>\n\n' + message['content'] | trim + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|h|>\n\n' }}{% endif %}"
-)
-
-
-@pytest.mark.parametrize("template", [chat.CHATML, WITHOUT_MARKS, LLAMA_LIKE], ids=["ours", "chatml", "llama"])
-@pytest.mark.parametrize("answer", ["<think>\nx\n</think>\ny", "<think>\n\n</think>\n\ny", "y"])
-@pytest.mark.parametrize("think", [True, False])
-def test_the_last_answer_is_trained_whole_in_both_modes(
-    bytewise: PreTrainedTokenizerFast, template: str, answer: str, think: bool
-) -> None:
-    messages = [system("s"), user("a"), assistant("plain"), user("b"), assistant(answer)]
-    messages = chat.with_thinking(messages) if think else messages
-    changed = with_template(bytewise, template)
-    rendered = chat.render(changed, messages)
-    trained = bytewise.decode([i for i, m in zip(rendered.input_ids, rendered.assistant_mask, strict=True) if m])
-    assert trained == f"plain{chat.TURN_END}{answer}{chat.TURN_END}"
-    assert (chat.THINKING_PROMPT in bytewise.decode(rendered.input_ids)) is think
 
 
 def test_every_token_of_a_character_at_a_marks_edge_is_trained(bytewise: PreTrainedTokenizerFast) -> None:

@@ -248,8 +248,8 @@ def test_stop_token_that_is_not_trained(tmp_path: Path, tiny_model_folder: Path)
     """A template whose marks leave the stop token out: the model would never learn to stop."""
     tokenizer = load_tokenizer(ModelConfig(path=str(tiny_model_folder)))
     tokenizer.chat_template = chat.CHATML.replace(
-        "message['content'] + '<|im_end|>' -}}{%- endgeneration -%}",
-        "message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
+        "said.text + '<|im_end|>' -}}{%- endgeneration -%}",
+        "said.text -}}{%- endgeneration -%}{{- '<|im_end|>' -}}",
     )
     report = inspect_rows.inspect_rows(write(tmp_path, [{"messages": turns("a", "b", "c", "d")}]), tokenizer)
     assert report.anomalies == {"an assistant turn whose stop token is not trained": [1]}

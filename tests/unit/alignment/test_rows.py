@@ -174,3 +174,42 @@ def test_a_json_file_holds_a_list_or_lines(tmp_path: Path, text: str, pack: Call
 def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     assert message in error_of(tmp_path / name, "any")
+
+
+def calling(**function: object) -> dict[str, object]:
+    return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+
+
+def test_a_call_needs_no_content(tmp_path: Path) -> None:
+    """OpenAI's null becomes no text; arguments are an object or its JSON text, and stay as they are."""
+    turns = [calling(name="price", arguments={"n": 1}), calling(name="price", arguments='{"n":1}')]
+    path = write_lines(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "?"}, *turns]}])
+    assert next(read_rows(path, "messages"))["messages"][1:] == [turn | {"content": ""} for turn in turns]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"messages": [calling(name="price")]}, r"messages\[0\]: 'tool_calls' must be a list of {function: {name"),
+        ({"messages": [calling(name="price", arguments="{")]}, r"messages\[0\]: arguments of 'price': malformed JSON"),
+        ({"messages": [calling(name="p", arguments={}) | {"role": "user"}]}, r"'tool_calls', which only the assistant"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "must be an object with 'role' and a text 'content'"),
+        ({"tools": '[{"name": "price"}]'}, "'tools' must be a list of objects"),
+        ({"chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),
+    ],
+)
+def test_calls_and_tools_against_the_schema(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    path = write_lines(tmp_path / "rows.jsonl", [{"messages": turns} | change])
+    with pytest.raises(UserError, match=f"rows.jsonl:1.*{message}"):
+        list(read_rows(path, "messages"))
+
+
+def test_answers_to_compare_may_not_call(tmp_path: Path) -> None:
+    """They are compared as texts, in which a call would be missing."""
+    turn = [{"role": "user", "content": "?"}]
+    row = {"prompt": turn, "chosen": [calling(name="price", arguments={})], "rejected": turn}
+    with pytest.raises(
+        UserError, match="rows.jsonl:1: 'chosen' has 'tool_calls', which only 'messages' and 'prompt' may"
+    ):
+        list(read_rows(write_lines(tmp_path / "rows.jsonl", [row]), "preference"))

@@ -124,12 +124,14 @@ def test_without_verdicts_the_best_meets_the_worst() -> None:
 
 def test_a_row_says_where_it_comes_from() -> None:
     prompt = {"id": "p", "kind": "math", "language": "id", "prompt": [{"role": "user", "content": "?"}], "answer": "3"}
+    options = {"chat_template_kwargs": {"enable_thinking": True}, "tools": [{"type": "function"}]}
     pairs = choose([candidate(4, "correct", 0.5), candidate(7, "wrong", 0.25)], 1, "s")
     assert isinstance(pairs, list)
-    assert pair_row(prompt, pairs[0], Origin("w", "t")) == {
+    assert pair_row(prompt | options, pairs[0], Origin("w", "t")) == {
         "id": "p/4/7",
         "kind": "math",
         "language": "id",
+        **options,  # without which training would read another prompt than was sampled from
         "prompt": [{"role": "user", "content": "?"}],
         "chosen": [{"role": "assistant", "content": "text 4"}],
         "rejected": [{"role": "assistant", "content": "text 7"}],

@@ -17,9 +17,11 @@ def test_the_first_known_column_or_the_one_that_is_named() -> None:
     assert row_text({"prompt": TURNS[1:2], "text": "t"}, "f:1") == "one"
 
 
-def test_of_a_conversation_the_user_s_turns_or_all() -> None:
+def test_of_a_conversation_the_turns_that_are_asked_for() -> None:
     assert row_text({"messages": TURNS}, "f:1") == "one\nthree"
     assert row_text({"messages": TURNS}, "f:1", turns="all") == "s\none\ntwo\nthree"
+    called = {"role": "assistant", "content": None, "tool_calls": []}
+    assert row_text({"messages": [*TURNS, called]}, "f:1", turns="assistant") == "two\n"
 
 
 @pytest.mark.parametrize(
