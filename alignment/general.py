@@ -239,11 +239,12 @@ def _quiet() -> None:
     lm-eval has no switch for its own bars, so they become those of transformers, which alignment.models switches off.
     """
     import datasets
+    import lm_eval.api.model
     import lm_eval.api.task
     import lm_eval.models.huggingface
 
     logging.getLogger("lm_eval.models.huggingface").setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = lm_eval.models.huggingface.tqdm = tqdm
+    lm_eval.api.model.tqdm = lm_eval.api.task.tqdm = lm_eval.models.huggingface.tqdm = tqdm
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 

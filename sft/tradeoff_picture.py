@@ -29,7 +29,7 @@ def draw(points: Sequence[Point], limit: float, path: Path) -> None:
         _style(axes, points, chosen)
     for kind in FORMATS:
         with atomic.replacing(path.with_suffix(f".{kind}")) as temporary:
-            figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
+            figure.savefig(temporary, format=kind)
 
 
 def _reasoning(axes: Axes, points: Sequence[Point]) -> None:
