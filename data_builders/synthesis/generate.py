@@ -115,7 +115,7 @@ def _word(key: str, language: Language, template: Template, numbers: Numbers, rn
     numbers = in_currency(numbers, locale.money_unit)
     solution = solve(template, numbers)
     answer = locale.number(solution.answer)
-    lines = [line.written(locale.number) for line in solution.lines]
+    working = "; ".join(line.written(locale.number) for line in solution.lines) + wording.stop
     slots = _things(wording, rng) | {
         name: (locale.number if name in NOT_MONEY else locale.money)(value) for name, value in numbers.items()
     }
@@ -129,8 +129,8 @@ def _word(key: str, language: Language, template: Template, numbers: Numbers, rn
         template=template,
         question=pick(rng, wording.questions[template]).format(**slots),
         direct_answer=boxed,
-        short_answer=wording.space.join(["; ".join(lines) + wording.stop, boxed]),
-        thinking=wording.space.join([wording.thinking[solution.case].format(*lines, **slots), check]),
+        short_answer=wording.space.join([working, boxed]),
+        thinking=wording.space.join([working, check]),
         long_answer=wording.space.join([wording.summaries[solution.case].format(**slots), boxed]),
         answer=plain(solution.answer),
     )

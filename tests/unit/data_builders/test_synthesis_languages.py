@@ -42,10 +42,10 @@ def test_canonical_form() -> None:
 def test_wordings_are_complete(language: Language) -> None:
     wording, english = WORDINGS[language], WORDINGS["en"]
     assert wording.questions.keys() == set(TEMPLATES)
-    assert wording.thinking.keys() == wording.summaries.keys() == english.thinking.keys()
+    assert wording.summaries.keys() == english.summaries.keys()
     texts = [
         *(text for variants in wording.questions.values() for text in variants),
-        *(*wording.thinking.values(), *wording.summaries.values(), *wording.checks),
+        *(*wording.summaries.values(), *wording.checks),
     ]
     assert [text for text, copies in Counter(texts).items() if copies > 1] == []
     assert min(len(variants) for variants in wording.questions.values()) >= 2
