@@ -29,7 +29,9 @@ class TokenizerConfig(JobConfig):
     rows: list[str] = Field(min_length=1, description="files, folders or hub ids of rows with `messages`")
     vocab_size: int = Field(2048, ge=300, description="special tokens and bytes among them")
     max_length: int = Field(1024, gt=0, description="the model's context, in tokens")
-    across_words: bool = Field(False, description="let a token hold several words: fewer tokens of text made to a pattern")
+    across_words: bool = Field(
+        False, description="let a token hold several words: fewer tokens of text made to a pattern"
+    )
 
 
 def run(config: TokenizerConfig) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from alignment.report import accuracy
 from alignment.report.accuracy import Model
 from alignment.report.collect import Collected, Run, StageRun
+from alignment.report.headline import SWITCH
 from alignment.report.page import Block, Section, Table
 from alignment.report.sources import interval, modes_of
 from alignment.report.tables import compare, missing, plain, point_span, points, with_span
 
-NAMES = {"fast": "thinking off", "deep": "thinking on"}
+NAMES = {mode: f"thinking {switch}" for mode, switch in SWITCH.items()}
 
 
 def sections(collected: Collected) -> list[Section]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from alignment import report
 from alignment.evaluate import by_prompt, pass_rate, summarize
 from alignment.grading import GradedSample, writing
 from alignment.report import modes, sources
@@ -103,6 +104,17 @@ def test_numbers_of_the_modes_by_hand(pipeline: Path) -> None:
     assert "pass_at_1.modes" not in found
 
 
+def test_summary_states_them(pipeline: Path) -> None:
+    rows = {row.measure: row.value for row in report.summary_rows(pipeline)}
+    assert rows == {
+        "pass@1 after SFT": "25.0%",
+        "pass@1, thinking off": "25.0%",
+        "obeys, thinking off": "50.0%",
+        "pass@1, thinking on": "87.5%",
+        "obeys, thinking on": "50.0%",
+    }
+
+
 def collected_section(collected: Collected) -> Any:
     (section,) = modes.sections(collected)
     assert section.title == "Thinking"
@@ -117,7 +129,7 @@ def test_section_shows_both_modes_by_template_and_side_by_side(pipeline: Path) -
         ["thinking off", "25.0%", "50.0%", "9", "0"],
         ["thinking on", "87.5%", "50.0%", "43", "0"],
     ]
-    assert table.caption == "Thinking changes pass@1 by +62.5 points (+53.3 to +71.7), paired by prompt."
+    assert table.caption == "Thinking changes pass@1 by +62.5 points (+51.3 to +73.7), paired by prompt."
     by_template = [block for block in section.blocks if isinstance(block, Table) and block.columns[0] == "template"]
     assert [[cell[:5] for cell in row] for row in by_template[0].rows] == [
         ["chang", "25.0%", "100.0"],
