@@ -18,9 +18,8 @@ class Product:
 class Wording:
     """All text of one language.
 
-    Questions are keyed by template, summaries by case (see `problems.Solution`). Slots are the problem's numbers by
-    name, {name}, {item}, {items}, {other} (a second product) and {good} (sold by weight); in summaries also {answer};
-    in checks {check}: the sum that checks the last.
+    Slots are the problem's numbers by name, {name}, {item}, {items}, {other} (a second product) and {good} (sold by
+    weight); in checks {check}: the sum that checks the last.
     """
 
     answer: str  # stands before the boxed number
@@ -29,7 +28,6 @@ class Wording:
     goods: tuple[str, ...]
     questions: Mapping[Template, tuple[str, ...]]
     checks: tuple[str, ...]
-    summaries: Mapping[str, str]
     stop: str = "."
     space: str = " "
 

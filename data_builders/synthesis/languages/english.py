@@ -62,17 +62,4 @@ WORDING = Wording(
         ),
     },
     checks=("Let me check: {check}. Correct.", "I check it backwards: {check}. That fits."),
-    summaries={
-        "unit_price": "{wanted} kg of {good} costs {answer}.",
-        "discount": "After the discount, the total is {answer}.",
-        "voucher.applies": "The voucher applies, so the total is {answer}.",
-        "voucher.below": "The voucher does not apply, so the total is {answer}.",
-        "bundle": "{count} sets save {answer}.",
-        "shipping.free": "Shipping is free, so the total is {answer}.",
-        "shipping.paid": "With shipping, the total is {answer}.",
-        "change": "The change is {answer}.",
-        "stock": "There are now {answer} {items}.",
-        "comparison.small": "The first offer is cheaper, by {answer} per {item}.",
-        "comparison.large": "The second offer is cheaper, by {answer} per {item}.",
-    },
 )

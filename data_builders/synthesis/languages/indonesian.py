@@ -57,17 +57,4 @@ WORDING = Wording(
         ),
     },
     checks=("Periksa lagi: {check}. Benar.", "Hitung balik: {check}. Cocok."),
-    summaries={
-        "unit_price": "Harga {wanted} kg {good} adalah {answer}.",
-        "discount": "Setelah diskon, totalnya {answer}.",
-        "voucher.applies": "Voucher berlaku, jadi totalnya {answer}.",
-        "voucher.below": "Voucher tidak berlaku, jadi totalnya {answer}.",
-        "bundle": "Dengan {count} paket, hemat {answer}.",
-        "shipping.free": "Ongkos kirim gratis, jadi totalnya {answer}.",
-        "shipping.paid": "Dengan ongkos kirim, totalnya {answer}.",
-        "change": "Kembaliannya {answer}.",
-        "stock": "Sekarang ada {answer} {item}.",
-        "comparison.small": "Penawaran pertama lebih murah {answer} per {item}.",
-        "comparison.large": "Penawaran kedua lebih murah {answer} per {item}.",
-    },
 )

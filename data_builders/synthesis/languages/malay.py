@@ -57,17 +57,4 @@ WORDING = Wording(
         ),
     },
     checks=("Semak semula: {check}. Betul.", "Kira secara songsang: {check}. Tepat."),
-    summaries={
-        "unit_price": "Harga {wanted} kg {good} ialah {answer}.",
-        "discount": "Selepas diskaun, jumlahnya {answer}.",
-        "voucher.applies": "Baucar boleh digunakan, jadi jumlahnya {answer}.",
-        "voucher.below": "Baucar tidak boleh digunakan, jadi jumlahnya {answer}.",
-        "bundle": "Dengan {count} set, {answer} dijimatkan.",
-        "shipping.free": "Penghantaran percuma, jadi jumlahnya {answer}.",
-        "shipping.paid": "Dengan kos penghantaran, jumlahnya {answer}.",
-        "change": "Wang bakinya {answer}.",
-        "stock": "Sekarang ada {answer} buah {item}.",
-        "comparison.small": "Tawaran pertama lebih murah {answer} bagi sebuah {item}.",
-        "comparison.large": "Tawaran kedua lebih murah {answer} bagi sebuah {item}.",
-    },
 )

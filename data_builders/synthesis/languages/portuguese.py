@@ -62,17 +62,4 @@ WORDING = Wording(
         ),
     },
     checks=("Conferindo: {check}. Certo.", "Conta inversa: {check}. Confere."),
-    summaries={
-        "unit_price": "O preço de {wanted} kg de {good} é {answer}.",
-        "discount": "Com o desconto, o total é {answer}.",
-        "voucher.applies": "O cupom vale, então o total é {answer}.",
-        "voucher.below": "O cupom não vale, então o total é {answer}.",
-        "bundle": "Com {count} kits, a economia é de {answer}.",
-        "shipping.free": "O frete é grátis, então o total é {answer}.",
-        "shipping.paid": "Com o frete, o total é {answer}.",
-        "change": "O troco é {answer}.",
-        "stock": "Agora há {answer} {items}.",
-        "comparison.small": "A primeira oferta é mais barata: {answer} a menos por {item}.",
-        "comparison.large": "A segunda oferta é mais barata: {answer} a menos por {item}.",
-    },
 )

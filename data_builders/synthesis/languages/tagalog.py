@@ -57,17 +57,4 @@ WORDING = Wording(
         ),
     },
     checks=("Suriin natin: {check}. Tama.", "Balikan ang kuwenta: {check}. Tugma."),
-    summaries={
-        "unit_price": "Ang {wanted} kg ng {good} ay {answer}.",
-        "discount": "Pagkatapos ng diskuwento, {answer} ang kabuuan.",
-        "voucher.applies": "Magagamit ang voucher, kaya {answer} ang kabuuan.",
-        "voucher.below": "Hindi magagamit ang voucher, kaya {answer} ang kabuuan.",
-        "bundle": "Sa {count} set, {answer} ang matitipid.",
-        "shipping.free": "Libre ang padala, kaya {answer} ang kabuuan.",
-        "shipping.paid": "Kasama ang padala, {answer} ang kabuuan.",
-        "change": "Ang sukli ay {answer}.",
-        "stock": "May {answer} {item} na ngayon.",
-        "comparison.small": "Mas mura ang una nang {answer} bawat {item}.",
-        "comparison.large": "Mas mura ang ikalawa nang {answer} bawat {item}.",
-    },
 )

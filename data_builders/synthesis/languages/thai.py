@@ -47,18 +47,5 @@ WORDING = Wording(
         ),
     },
     checks=("ตรวจสอบ: {check} ถูกต้อง", "คิดย้อนกลับ: {check} ตรงกัน"),
-    summaries={
-        "unit_price": "{good} {wanted} กิโลกรัม ราคา {answer}",
-        "discount": "หลังหักส่วนลดต้องจ่าย {answer}",
-        "voucher.applies": "ใช้คูปองได้ ต้องจ่าย {answer}",
-        "voucher.below": "ใช้คูปองไม่ได้ ต้องจ่าย {answer}",
-        "bundle": "ซื้อ {count} ชุดประหยัดได้ {answer}",
-        "shipping.free": "ส่งฟรี ต้องจ่ายทั้งหมด {answer}",
-        "shipping.paid": "รวมค่าส่งต้องจ่ายทั้งหมด {answer}",
-        "change": "ได้เงินทอน {answer}",
-        "stock": "ตอนนี้มี{item} {answer} ใบ",
-        "comparison.small": "แบบแรกถูกกว่าใบละ {answer}",
-        "comparison.large": "แบบที่สองถูกกว่าใบละ {answer}",
-    },
     stop="",
 )

@@ -56,17 +56,4 @@ WORDING = Wording(
         ),
     },
     checks=("Kiểm tra lại: {check}. Đúng.", "Tính ngược lại: {check}. Khớp."),
-    summaries={
-        "unit_price": "{wanted} kg {good} giá {answer}.",
-        "discount": "Sau khi giảm giá, tổng cộng là {answer}.",
-        "voucher.applies": "Được dùng phiếu, nên tổng cộng là {answer}.",
-        "voucher.below": "Không được dùng phiếu, nên tổng cộng là {answer}.",
-        "bundle": "Mua {count} bộ tiết kiệm được {answer}.",
-        "shipping.free": "Được miễn phí giao hàng, nên tổng cộng là {answer}.",
-        "shipping.paid": "Tính cả phí giao hàng, tổng cộng là {answer}.",
-        "change": "Tiền thừa là {answer}.",
-        "stock": "Bây giờ có {answer} cái {item}.",
-        "comparison.small": "Lựa chọn thứ nhất rẻ hơn, mỗi cái rẻ hơn {answer}.",
-        "comparison.large": "Lựa chọn thứ hai rẻ hơn, mỗi cái rẻ hơn {answer}.",
-    },
 )
