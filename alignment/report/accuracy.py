@@ -10,7 +10,7 @@ from alignment.errors import UserError
 from alignment.report import plots
 from alignment.report.collect import Collected, Reader, Run, numbers
 from alignment.report.page import Answer, Block, Comparison, Figure, Panel, Section, Table
-from alignment.report.sources import interval
+from alignment.report.sources import interval, modes_of
 from alignment.report.tables import compare, missing, with_span
 from alignment.rows import Row, is_hub_id, read_rows
 from alignment.stats import Interval, mean_interval
@@ -50,7 +50,7 @@ def models(collected: Collected) -> list[Model]:
 
 
 def sections(collected: Collected) -> list[Section]:
-    stages = collected.of("alignment.evaluate", "dpo.online")
+    stages = [stage for stage in collected.of("alignment.evaluate", "dpo.online") if not modes_of(stage)]
     if not stages:
         return []
     evaluated = models(collected)
