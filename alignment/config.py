@@ -301,3 +301,21 @@ class EngineConfig(Config):
             if addresses.count(address) > 1:
                 raise ValueError(f"{address!r} is given twice")
         return addresses
+
+
+class TasksConfig(Config):
+    """Tasks of lm-eval, which measure general ability. Those that come with it read the hub: they need the network."""
+
+    names: list[str] = Field(min_length=1, description="tasks, groups or tags: those of lm-eval, or of `folder`")
+    folder: Path | None = Field(None, description="a folder of task files (lm-eval's YAML), for rows of this machine")
+    limit: int | None = Field(None, ge=1, description="documents of a task, at most its first; default: all")
+    fewshot: int | None = Field(None, ge=0, description="worked examples before each question; default: the task's own")
+    chat_template: bool = Field(True, description="ask as a user, thinking off; false: the bare text, for a base model")
+    batch_size: int = Field(16, ge=1, description="requests of one forward pass")
+
+    @field_validator("names")
+    @classmethod
+    def _named_once(cls, given: list[str]) -> list[str]:
+        if len(set(given)) < len(given):
+            raise ValueError("each task once")
+        return given

@@ -3,7 +3,7 @@
 The prompt is the unit that is drawn: samples of one prompt are not independent, so intervals come from the spread of
 prompt means.
 
-Shapes: P prompts, C columns (what is measured of each prompt), R resamples.
+Shapes: P prompts, S seeds, C columns (what is measured of each prompt), R resamples.
 """
 
 from collections.abc import Sequence
@@ -50,6 +50,27 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval
     if len(before) != len(after):
         raise ValueError(f"{len(before)} and {len(after)} prompts cannot be paired")
     return mean_interval([b - a for a, b in zip(before, after, strict=True)])
+
+
+def crossed_interval(values_SP: Array) -> Interval:
+    """The mean over prompts and seeds, with a 95% interval for other prompts and other seeds.
+
+    Its variance is that of the prompts' means over P and, with two seeds or more, that of the seeds' means over S: in
+    the model of crossed random effects never too small, as both count the part that belongs to neither alone (Owen
+    2007, arXiv 0712.1111). The degrees of freedom are Satterthwaite's (1946). One seed says nothing of others: then
+    it is `mean_interval`.
+    """
+    seeds, prompts = values_SP.shape
+    if seeds < 2 or prompts < 2:
+        return mean_interval(values_SP.mean(axis=0).tolist())
+    by_prompt = float(values_SP.mean(axis=0).var(ddof=1)) / prompts
+    by_seed = float(values_SP.mean(axis=1).var(ddof=1)) / seeds
+    mean, variance = float(values_SP.mean()), by_prompt + by_seed
+    if variance == 0:
+        return Interval(mean, mean, mean)
+    freedom = variance**2 / (by_prompt**2 / (prompts - 1) + by_seed**2 / (seeds - 1))
+    half = float(student.ppf(0.975, freedom)) * variance**0.5
+    return Interval(mean, mean - half, mean + half)
 
 
 def resampled_means(

@@ -3,8 +3,9 @@
     python -m data_builders.synthesize --config configs/data/demo.yaml
 
 Writes sft_short.jsonl, sft_direct.jsonl, sft_long.jsonl (rows with `messages`: worked answers, results alone, answers
-after thinking), reward_prompts.jsonl, prompts.jsonl and held_out.jsonl (rows with `prompt` and `answer`). SFT, reward
-prompts, prompts and held-out share no problem, whatever its language.
+after thinking), reward_prompts.jsonl, prompts.jsonl and held_out.jsonl (rows with `prompt` and `answer`), and
+held_out_worked.jsonl, the last with worked answers, for tasks that choose among answers. SFT, reward prompts, prompts
+and held-out share no problem, whatever its language.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,7 @@ def run(config: SynthesizeConfig) -> None:
         synthesis.check_disjoint(train, parts["held_out"])
         for name, tasks in parts.items():
             write_rows(this.dir / f"{name}.jsonl", rows(name, tasks))
+        write_rows(this.dir / "held_out_worked.jsonl", rows("sft_short", parts["held_out"]))
         this.finish({f"rows.{name}": len(tasks) for name, tasks in parts.items()})
 
 

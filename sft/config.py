@@ -3,9 +3,18 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from alignment.config import Config, JobConfig, LoRAConfig, ModelConfig, TrainingConfig
+from alignment.config import (
+    Config,
+    EngineConfig,
+    JobConfig,
+    LoRAConfig,
+    ModelConfig,
+    SamplingConfig,
+    TasksConfig,
+    TrainingConfig,
+)
 
 
 class SourceConfig(Config):
@@ -23,19 +32,30 @@ class SourceConfig(Config):
         1.0,
         gt=0,
         description="passes over the drawn rows within one epoch of the run: 2 repeats them, 0.5 takes half of them; "
-        "with a weight, the most passes",
+        "with a weight or a mixture_share, the most passes",
     )
     weight: float | None = Field(
         None,
         gt=0,
         description="its share of the mixture's rows, beside the other sources' weights: all have one, or none",
     )
+    mixture_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="its share of an epoch's rows, down-sampled to it or repeated within `epochs`; sources without one "
+        "stay as they are. 0.2: one row in five",
+    )
 
     @model_validator(mode="after")
     def _one_way_to_draw(self) -> Self:
-        given = [name for name in ("count", "cap", "share") if getattr(self, name) is not None]
+        given = [name for name in ("count", "cap", "share", "mixture_share") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"give at most one of 'count', 'cap' and 'share', not {' and '.join(given)}")
+            raise ValueError(
+                f"give at most one of 'count', 'cap', 'share' and 'mixture_share', not {' and '.join(given)}"
+            )
+        if self.mixture_share is not None and self.weight is not None:
+            raise ValueError("give one of 'weight' and 'mixture_share'")
         return self
 
 
@@ -63,8 +83,8 @@ class PrepareConfig(Config):
     workers: int | None = Field(None, ge=1, description="processes that render; default: one for each core")
 
 
-class SFTConfig(JobConfig):
-    """Supervised fine-tuning on packed rows."""
+class SFTSettings(Config):
+    """What a model is fine-tuned from and on, and how."""
 
     model: ModelConfig
     sources: list[SourceConfig] = Field(min_length=1)
@@ -81,7 +101,88 @@ class SFTConfig(JobConfig):
 
     @model_validator(mode="after")
     def _weights_of_all_or_none(self) -> Self:
-        without = [index for index, source in enumerate(self.sources) if source.weight is None]
-        if 0 < len(without) < len(self.sources):
+        beside = [index for index, source in enumerate(self.sources) if source.mixture_share is None]
+        without = [index for index in beside if self.sources[index].weight is None]
+        if 0 < len(without) < len(beside):
             raise ValueError(f"sources: some have a weight and sources[{without[0]}] has none; give all one, or none")
         return self
+
+    @model_validator(mode="after")
+    def _shares_leave_room(self) -> Self:
+        shares = [source.mixture_share for source in self.sources if source.mixture_share is not None]
+        if len(shares) == len(self.sources) or sum(shares) >= 1:
+            raise ValueError("sources: mixture_share is a share beside sources that have none; they need the rest of 1")
+        return self
+
+
+class SFTConfig(SFTSettings, JobConfig):
+    """Supervised fine-tuning on packed rows."""
+
+
+class PromptsConfig(Config):
+    """Prompts with answers, and how a model's answers to them are drawn."""
+
+    prompts: str = Field(description="rows with `prompt` and `answer`")
+    sampling: SamplingConfig = SamplingConfig(n=4)
+
+
+class EvaluationConfig(Config):
+    """What each model of a sweep is measured on: reasoning in both modes, general ability in the fast one."""
+
+    reasoning: PromptsConfig
+    general: PromptsConfig | None = None
+    tasks: TasksConfig | None = Field(None, description="general ability by lm-eval; beside `general`, or in its place")
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _something_general(self) -> Self:
+        if self.general is None and self.tasks is None:
+            raise ValueError("give 'general', 'tasks' or both: the limit is held against them")
+        return self
+
+
+class MixtureSweepConfig(JobConfig):
+    """Train one model for each share of long answers in the mixture, and choose the share."""
+
+    base: SFTSettings = Field(description="a config of sft.train without the long answers; it stays whole")
+    long: SourceConfig = Field(description="the long answers; `epochs`: the most passes over them")
+    shares: list[float] = Field(
+        [0, 0.05, 0.1, 0.2, 0.4], min_length=2, description="of an epoch's rows; 0 is what the others are compared with"
+    )
+    seeds: int = Field(1, ge=1, description="models of each share; the interval then holds for other seeds too")
+    limit: float = Field(
+        0.01, gt=0, lt=1, description="each general measure falls by less than this: 0.01 is one percentage point"
+    )
+    launch: Path | None = Field(None, description="a launcher config of configs/accelerate; default: one process")
+    evaluation: EvaluationConfig
+
+    @field_validator("shares")
+    @classmethod
+    def _from_none_upwards(cls, given: list[float]) -> list[float]:
+        if given[0] != 0 or given != sorted(set(given)) or given[-1] >= 1:
+            raise ValueError("expected rising shares from 0, which the others are compared with, to below 1")
+        return given
+
+    @field_validator("long")
+    @classmethod
+    def _drawn_by_the_sweep(cls, given: SourceConfig) -> SourceConfig:
+        if given.model_fields_set - {"rows", "epochs"}:
+            raise ValueError("the sweep decides how many rows are drawn: give 'rows' and 'epochs' alone")
+        return given
+
+    @model_validator(mode="after")
+    def _a_whole_model(self) -> Self:
+        if self.base.lora is not None and not self.base.lora.merge:
+            raise ValueError("base.lora.merge: the models are evaluated, so their adapters have to be merged")
+        return self
+
+    def variant(self, share: float, seed: int) -> SFTConfig:
+        """The config of one run, the `seed`-th of its share."""
+        drawn = [self.long.model_copy(update={"mixture_share": share})] if share else []
+        settings = {name: getattr(self.base, name) for name in SFTSettings.model_fields}
+        own = {"sources": [*self.base.sources, *drawn], "seed": self.seed + seed}
+        return SFTConfig(**settings | own, output_dir=self.folder(share, seed) / "sft")
+
+    def folder(self, share: float, seed: int) -> Path:
+        """Where a run and what is measured of it lie."""
+        return self.output_dir / (f"share_{share:g}" + (f"_seed_{seed}" if self.seeds > 1 else ""))

@@ -72,6 +72,7 @@ def mix(config: SFTConfig, rows: TokenizedRows) -> Mixture:
             "rows": rows.bounds[number + 1] - rows.bounds[number],
             "drawn": len(drawn[number]),
             "epoch_rows": sizes[number],
+            "row_share": sizes[number] / sum(sizes),
             "epoch_tokens": round(tokens[number] / config.training.epochs),
             "token_share": tokens[number] / sum(tokens),
         }
@@ -129,15 +130,33 @@ def _draw(usable: np.ndarray, source: SourceConfig, number: int, seed: int) -> n
 def _epoch_sizes(sources: Sequence[SourceConfig], drawn: Sequence[int]) -> list[int]:
     """Rows of each source in one epoch; at least one of a source that has any."""
     most = [max(1, round(source.epochs * rows)) if rows else 0 for source, rows in zip(sources, drawn, strict=True)]
-    weights = [source.weight for source in sources if source.weight is not None]
-    if not weights:
-        return most
-    for number, size in enumerate(most):
-        if size == 0:
-            raise UserError(f"sources[{number}]: {sources[number].rows} has a weight, but no usable row")
+    sizes = _sizes_by_weight(sources, most)
+    total = sum(sizes) / (1 - sum(source.mixture_share or 0 for source in sources))
+    for number, source in enumerate(sources):
+        if source.mixture_share is None or total == 0:
+            continue
+        sizes[number] = max(1, round(source.mixture_share * total))
+        if sizes[number] > most[number]:
+            raise UserError(
+                f"sources[{number}].mixture_share: {source.mixture_share:g} of an epoch is {sizes[number]} rows, but "
+                f"{source.rows} gives at most {most[number]}: {drawn[number]} usable rows, epochs {source.epochs:g}"
+            )
+    return sizes
+
+
+def _sizes_by_weight(sources: Sequence[SourceConfig], most: Sequence[int]) -> list[int]:
+    """Rows of the sources without a mixture_share, all of them or by weight; 0 for the others."""
+    if all(source.weight is None for source in sources):
+        return [size if source.mixture_share is None else 0 for source, size in zip(sources, most, strict=True)]
+    for number, (source, size) in enumerate(zip(sources, most, strict=True)):
+        if source.weight is not None and size == 0:
+            raise UserError(f"sources[{number}]: {source.rows} has a weight, but no usable row")
     # The largest mixture in which no source gives more than its most.
-    scale = min(size / weight for size, weight in zip(most, weights, strict=True))
-    return [min(size, max(1, round(weight * scale))) for size, weight in zip(most, weights, strict=True)]
+    scale = min(size / source.weight for source, size in zip(sources, most, strict=True) if source.weight is not None)
+    return [
+        min(size, max(1, round(source.weight * scale))) if source.weight is not None else 0
+        for source, size in zip(sources, most, strict=True)
+    ]
 
 
 def _part(drawn: np.ndarray, size: int, epoch: int, seed: str) -> np.ndarray:

@@ -76,8 +76,10 @@ def config_class(place: str) -> type[JobConfig]:
 JOBS = {
     "alignment.tokenizer": "alignment.tokenizer.TokenizerConfig",
     "alignment.evaluate": "alignment.evaluate.EvaluateConfig",
+    "alignment.general": "alignment.general.GeneralConfig",
     "sft.prepare": "sft.config.SFTConfig",
     "sft.train": "sft.config.SFTConfig",
+    "sft.mixture_sweep": "sft.config.MixtureSweepConfig",
     "reward.train": "reward.config.RewardConfig",
     "reward.sweep": "reward.config.SweepConfig",
     "reward.average": "reward.config.AverageConfig",
@@ -94,7 +96,13 @@ JOBS = {
     "dpo.online": "dpo.config.OnlineConfig",
 }
 # folder of configs/ -> the packages whose recipes it holds
-FOLDERS = {"sft": ["sft"], "reward": ["reward"], "dpo": ["dpo"], "data": ["data_builders", "alignment"]}
+FOLDERS = {
+    "sft": ["sft"],
+    "reward": ["reward"],
+    "dpo": ["dpo"],
+    "data": ["data_builders", "alignment"],
+    "general": ["alignment"],
+}
 RECIPES = [path for folder in FOLDERS for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
 STAGES = [
     (path.stem, stage)

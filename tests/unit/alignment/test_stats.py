@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
-from alignment.stats import bootstrap_interval, mean_interval, paired_interval, resampled_means
+from alignment.stats import bootstrap_interval, crossed_interval, mean_interval, paired_interval, resampled_means
 
 
 def test_mean_interval_by_hand() -> None:
@@ -35,6 +36,34 @@ def test_pairing_removes_what_prompts_share() -> None:
     assert (paired.value, paired.low, paired.high) == pytest.approx((0.1, 0.1, 0.1), abs=1e-12)
     with pytest.raises(ValueError, match="cannot be paired"):
         paired_interval([0.0], [0.0, 1.0])
+
+
+def test_crossed_interval_by_hand() -> None:
+    """Prompt means 0, 1, 2 (variance 1, over 3 prompts 1/3) and seed means 0, 2 (variance 2, over 2 seeds 1): the
+    variance is 4/3, its degrees of freedom (4/3)^2 / ((1/3)^2 / 2 + 1^2 / 1) = 32/19."""
+    interval = crossed_interval(np.array([[-1.0, 0.0, 1.0], [1.0, 2.0, 3.0]]))
+    half = float(student.ppf(0.975, 32 / 19)) * math.sqrt(4 / 3)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((1.0, 1.0 - half, 1.0 + half), abs=1e-9)
+
+
+def test_crossed_interval_of_one_seed_is_that_of_its_prompts() -> None:
+    values = [0.0, 1.0, 1.0, 0.5]
+    assert crossed_interval(np.array([values])) == mean_interval(values)
+    same = crossed_interval(np.full((3, 4), 0.25))
+    assert (same.low, same.high) == (0.25, 0.25), "no spread at all"
+
+
+def test_crossed_interval_covers_the_truth_for_other_prompts_and_seeds() -> None:
+    """Effects of prompts, seeds and both, three seeds: the prompts' own interval would cover it far too seldom."""
+    rng = np.random.default_rng(0)
+    covered = alone = 0
+    for _ in range(1000):
+        values = rng.normal(size=(1, 40)) + rng.normal(size=(3, 1)) + rng.normal(size=(3, 40))
+        interval, naive = crossed_interval(values), mean_interval(values.mean(axis=0).tolist())
+        covered += interval.low <= 0 <= interval.high
+        alone += naive.low <= 0 <= naive.high
+    assert 930 <= covered <= 990
+    assert alone < 600
 
 
 def test_resampled_means_by_hand() -> None:

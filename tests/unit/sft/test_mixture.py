@@ -101,6 +101,9 @@ def test_a_count_beyond_the_usable_rows_is_an_error() -> None:
     [
         ("[{rows: a, count: 3, share: 0.5}]", "job.yaml:1: sources.0: give at most one .* not count and share"),
         ("[{rows: a, weight: 1}, {rows: b}]", r"some have a weight and sources\[1\] has none"),
+        ("[{rows: a}, {rows: b, mixture_share: 0.2, weight: 1}]", "give one of 'weight' and 'mixture_share'"),
+        ("[{rows: a, mixture_share: 0.2}]", "mixture_share is a share beside sources that have none"),
+        ("[{rows: a}, {rows: b, mixture_share: 0.5}, {rows: c, mixture_share: 0.5}]", "they need the rest of 1"),
         ("[{rows: a, epochs: 0}]", "sources.0.epochs: input should be greater than 0"),
         ("[{rows: a, wieght: 1}]", "unknown key 'sources.0.wieght'; did you mean 'weight'?"),
     ],
@@ -145,6 +148,39 @@ def test_the_largest_mixture_of_the_weights_is_taken() -> None:
     assert per_source(twice) == [60, 60]
     assert set(Counter(twice.epochs[0][twice.epochs[0] >= 60].tolist()).values()) == {2}
     assert [s["token_share"] for s in twice.sources] == [0.5, 0.5]
+
+
+def test_a_mixture_share_is_a_share_of_the_rows_and_leaves_the_others_whole() -> None:
+    """Beside 40 rows a share of 1/5 is 10: drawn from 30, or 6 that repeat. Two of 1/5 beside 36: 12 each of 60."""
+    base = [FINE] * 40
+    assert per_source(mix(config({}, {"mixture_share": 0.2}), tokenized(base, [FINE] * 30))) == [40, 10]
+    repeated = mix(config({}, {"mixture_share": 0.2, "epochs": 2}), tokenized(base, [FINE] * 6))
+    assert per_source(repeated) == [40, 10]
+    assert sorted(Counter(repeated.epochs[0][repeated.epochs[0] >= 40].tolist()).values()) == [1, 1, 2, 2, 2, 2]
+    two = mix(config({"mixture_share": 0.2}, {"epochs": 0.9}, {"mixture_share": 0.2}), tokenized(base, base, base))
+    assert per_source(two) == [12, 36, 12]
+    assert [source["row_share"] for source in two.sources] == [0.2, 0.6, 0.2]
+
+
+def test_a_mixture_share_stands_beside_weights() -> None:
+    """Weights 3:1 of 60 and 30 rows take 60 and 20; a half of the whole is as many again."""
+    rows = tokenized([FINE] * 60, [FINE] * 30, [FINE] * 99)
+    assert per_source(mix(config({"weight": 3}, {"weight": 1}, {"mixture_share": 0.5}), rows)) == [60, 20, 80]
+
+
+def test_a_larger_mixture_share_holds_the_rows_of_a_smaller_one() -> None:
+    rows = tokenized([FINE] * 40, [FINE] * 90)
+    small, large = (mix(config({}, {"mixture_share": share}), rows).epochs[0] for share in (0.2, 0.5))
+    assert set(small.tolist()) < set(large.tolist())
+
+
+def test_a_mixture_share_that_the_rows_cannot_give_is_an_error() -> None:
+    rows = tokenized([FINE] * 40, [*[FINE] * 3, (80, 5, None)])
+    message = (
+        r"sources\[1\].mixture_share: 0.2 of an epoch is 10 rows, but s1.jsonl gives at most 6: 3 usable rows, epochs 2"
+    )
+    with pytest.raises(UserError, match=message):
+        mix(config({}, {"mixture_share": 0.2, "epochs": 2}), rows)
 
 
 def test_a_weight_without_a_usable_row_is_an_error() -> None:
