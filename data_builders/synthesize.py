@@ -79,7 +79,7 @@ def rows(name: str, tasks: Iterable[Task]) -> Iterator[Row]:
         case "sft_long":
             thinking = [{"role": "system", "content": chat.THINKING_PROMPT}]
             return (
-                _sft(task, f"{chat.THINK_START}\n{task.thinking}\n{chat.THINK_END}\n{task.long_answer}", thinking)
+                _sft(task, f"{chat.THINK_START}\n{task.thinking}\n{chat.THINK_END}\n{task.direct_answer}", thinking)
                 for task in tasks
             )
         case _:

@@ -12,7 +12,19 @@ from pathlib import Path
 from rich.table import Table
 
 from alignment import atomic
-from alignment.report import accuracy, cover, headline, pairs, ranking, record, routing, sources, training, weights
+from alignment.report import (
+    accuracy,
+    cover,
+    headline,
+    modes,
+    pairs,
+    ranking,
+    record,
+    routing,
+    sources,
+    training,
+    weights,
+)
 from alignment.report.collect import collect
 from alignment.report.headline import Row
 from alignment.report.page import Page, render
@@ -38,6 +50,7 @@ def build(pipeline: Path, overrides: Sequence[str] = ()) -> Path:
         tiles=headline.tiles(values),
         sections=[
             *accuracy.sections(collected),
+            *modes.sections(collected),
             *pairs.sections(collected),
             *ranking.sections(collected),
             *training.sections(collected),

@@ -10,7 +10,7 @@ from alignment.errors import UserError
 from alignment.report import plots
 from alignment.report.collect import Collected, Reader, Run, numbers
 from alignment.report.page import Answer, Block, Comparison, Figure, Panel, Section, Table
-from alignment.report.sources import interval
+from alignment.report.sources import interval, modes_of
 from alignment.report.tables import compare, missing, with_span
 from alignment.rows import Row, is_hub_id, read_rows
 from alignment.stats import Interval, mean_interval
@@ -50,7 +50,7 @@ def models(collected: Collected) -> list[Model]:
 
 
 def sections(collected: Collected) -> list[Section]:
-    stages = collected.of("alignment.evaluate", "dpo.online")
+    stages = [stage for stage in collected.of("alignment.evaluate", "dpo.online") if not modes_of(stage)]
     if not stages:
         return []
     evaluated = models(collected)
@@ -63,8 +63,8 @@ def sections(collected: Collected) -> list[Section]:
     everything = [(model.name, {k: v for k, v in model.metrics.items() if of_evaluation(k)}) for model in evaluated]
     blocks = [
         _overall(evaluated),
-        *_by_group(evaluated, "language"),
-        *_by_group(evaluated, "template"),
+        *by_group(evaluated, "language"),
+        *by_group(evaluated, "template"),
         compare(everything, fold="Everything that the evaluations measured"),
     ]
     return [Section("Accuracy", lead, blocks), *_samples(evaluated, collected.reader)]
@@ -112,7 +112,7 @@ def _verdict_order(name: str) -> tuple[int, str]:
     return (VERDICTS.index(name), "") if name in VERDICTS else (len(VERDICTS), name)
 
 
-def _by_group(evaluated: Sequence[Model], field: str) -> list[Block]:
+def by_group(evaluated: Sequence[Model], field: str) -> list[Block]:
     """Dots and a table by language or template, where the prompts have two of them or more."""
     by_model = [_accuracy_of_groups(model.run.prompts, field) for model in evaluated]
     last = by_model[-1]
@@ -149,16 +149,7 @@ def _accuracy_of_groups(rows: Iterable[Row], field: str) -> dict[str, Interval]:
 
 
 def _samples(evaluated: Sequence[Model], reader: Reader) -> list[Section]:
-    """The first sample of every model on the first prompts of every language: shown as drawn, not picked."""
-    answers = [_first_answers(model.run) for model in evaluated]
-    chosen = _first_prompts(evaluated[0].run.prompts, set.intersection(*(set(found) for found in answers)))
-    prompts = _find_prompts(evaluated[0].run.config.get("prompts"), set(chosen), reader)
-    blocks = [
-        _comparison(
-            prompts.get(id, {}), id, [(model.name, found[id]) for model, found in zip(evaluated, answers, strict=True)]
-        )
-        for id in chosen
-    ]
+    blocks = side_by_side(evaluated, evaluated[0].run.config.get("prompts"), reader)
     if not blocks:
         return []
     lead = (
@@ -166,6 +157,19 @@ def _samples(evaluated: Sequence[Model], reader: Reader) -> list[Section]:
         "each language before a second of any, and the first sample that each model drew."
     )
     return [Section("Samples", lead, blocks)]
+
+
+def side_by_side(evaluated: Sequence[Model], source: Any, reader: Reader) -> list[Comparison]:
+    """The first sample of each on the first prompts of every language of `source`: as drawn, not picked."""
+    answers = [_first_answers(model.run) for model in evaluated]
+    chosen = _first_prompts(evaluated[0].run.prompts, set.intersection(*(set(found) for found in answers)))
+    prompts = _find_prompts(source, set(chosen), reader)
+    return [
+        _comparison(
+            prompts.get(id, {}), id, [(model.name, found[id]) for model, found in zip(evaluated, answers, strict=True)]
+        )
+        for id in chosen
+    ]
 
 
 def _first_answers(run: Run) -> dict[str, Row]:

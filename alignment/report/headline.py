@@ -8,6 +8,7 @@ from alignment.report.sources import best_of, interval, is_average, is_single, r
 from alignment.report.tables import duration, percent, point_span, points, span
 from alignment.stats import Interval
 
+SWITCH = {"fast": "off", "deep": "on"}
 WORDS = {1: "One round", 2: "Two rounds", 3: "Three rounds", 4: "Four rounds"}
 
 
@@ -26,6 +27,9 @@ def rows(values: dict[str, float]) -> list[Row]:
         words = name.replace("_", " ")
         found.append(_share(f"pass@1 after {words}", values, f"pass_at_1.{name}"))
         found.append(_change(f"change after {words}", values, f"change.{name}"))
+    for mode, switch in SWITCH.items():
+        found.append(_share(f"pass@1, thinking {switch}", values, f"modes.{mode}.pass_at_1"))
+        found.append(_share(f"obeys, thinking {switch}", values, f"modes.{mode}.obeys"))
     n, names = best_of(values)
     found += [_share(f"best of {n} by {name}", values, f"best_of_{n}.{name}") for name in names]
     found.append(_share("packing utilisation", values, "packing.utilisation"))

@@ -64,6 +64,11 @@ def best_of(values: Mapping[str, float]) -> tuple[int, list[str]]:
     return most, sorted(names, key=_reading_order)
 
 
+def modes_of(stage: StageRun) -> list[str]:
+    """The modes that an evaluation asked for; none where it set no switch."""
+    return [str(mode) for mode in stage.run.config.get("modes") or []]
+
+
 def is_average(name: str) -> bool:
     return "average" in name
 
@@ -80,10 +85,12 @@ def _reading_order(name: str) -> tuple[int, str]:
 
 
 def _of_stage(collected: Collected, stage: StageRun) -> list[Number]:
-    # These keys name no stage, so only the first stage of a job has them bare.
-    first = collected.of(stage.job)[0] is stage
+    # These keys name no stage, so only the first stage of a kind has them bare.
+    first = next(other for other in collected.of(stage.job) if _kind(other) == _kind(stage)) is stage
     prefix = "" if first else f"{stage.name}."
     match stage.job:
+        case "alignment.evaluate" if modes_of(stage):
+            names = _names_of_modes(stage)
         case "alignment.evaluate":
             names = {f"pass_at_1{end}": f"pass_at_1.{'sft' if first else stage.name}{end}" for end in ENDS}
             if first:
@@ -96,6 +103,18 @@ def _of_stage(collected: Collected, stage: StageRun) -> list[Number]:
         case _:
             return []
     return _read(stage, stage.run, names, prefix)
+
+
+def _kind(stage: StageRun) -> tuple[str, bool]:
+    return stage.job, bool(modes_of(stage))
+
+
+def _names_of_modes(stage: StageRun) -> dict[str, str]:
+    """What each mode reaches, whether it obeys and what it spends, and what thinking changes."""
+    keys = [f"{mode}.{key}{end}" for mode in modes_of(stage) for key in ("pass_at_1", "obeys") for end in ENDS]
+    names = {key: f"modes.{key}" for key in keys}
+    names |= {f"{mode}.tokens.mean": f"modes.{mode}.tokens" for mode in modes_of(stage)}
+    return names | {f"thinking.change{end}": f"modes.change{end}" for end in ENDS}
 
 
 def _of_round(stage: StageRun, found: Round, prefix: str) -> list[Number]:

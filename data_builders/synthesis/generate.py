@@ -35,8 +35,8 @@ class Task:
 
     `key` names the problem in every language: the template and the drawn numbers. `id` is the language and the key,
     unique within and across splits. Numbers in texts are written as the language's locale writes them; `answer` is
-    canonical ("1234.5"). Every answer ends in the boxed number, of which `direct_answer` is
-    all; `long_answer` is what follows `thinking`.
+    canonical ("1234.5"). Every answer ends in the boxed number; `direct_answer` is that alone, and
+    follows `thinking`.
     """
 
     id: str
@@ -47,7 +47,6 @@ class Task:
     direct_answer: str
     short_answer: str
     thinking: str
-    long_answer: str
     answer: str
 
 
@@ -114,14 +113,12 @@ def _word(key: str, language: Language, template: Template, numbers: Numbers, rn
     locale, wording = LOCALES[language], WORDINGS[language]
     numbers = in_currency(numbers, locale.money_unit)
     solution = solve(template, numbers)
-    answer = locale.number(solution.answer)
-    lines = [line.written(locale.number) for line in solution.lines]
+    working = "; ".join(line.written(locale.number) for line in solution.lines) + wording.stop
     slots = _things(wording, rng) | {
         name: (locale.number if name in NOT_MONEY else locale.money)(value) for name, value in numbers.items()
     }
-    slots["answer"] = answer if template == "stock" else locale.money(solution.answer)
     check = pick(rng, wording.checks).format(check=reverse(solution.last_step).written(locale.number))
-    boxed = f"{wording.answer}\\boxed{{{answer}}}"
+    boxed = f"{wording.answer}\\boxed{{{locale.number(solution.answer)}}}"
     return Task(
         id=f"{language}-{key}",
         key=key,
@@ -129,9 +126,8 @@ def _word(key: str, language: Language, template: Template, numbers: Numbers, rn
         template=template,
         question=pick(rng, wording.questions[template]).format(**slots),
         direct_answer=boxed,
-        short_answer=wording.space.join(["; ".join(lines) + wording.stop, boxed]),
-        thinking=wording.space.join([wording.thinking[solution.case].format(*lines, **slots), check]),
-        long_answer=wording.space.join([wording.summaries[solution.case].format(**slots), boxed]),
+        short_answer=wording.space.join([working, boxed]),
+        thinking=wording.space.join([working, check]),
         answer=plain(solution.answer),
     )
 

@@ -57,9 +57,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Solution:
-    """The working in order, and the case that chooses its wording: `template` or `template.branch`."""
+    """The working in order."""
 
-    case: str
     lines: tuple[Step | Comparison, ...]
 
     @property
@@ -145,7 +144,7 @@ def _draw_unit_price(rng: Random) -> Numbers:
 
 def _solve_unit_price(n: Numbers) -> Solution:
     unit = work(n["price"], "/", n["weight"])
-    return Solution("unit_price", (unit, work(unit.result, "x", n["wanted"])))
+    return Solution((unit, work(unit.result, "x", n["wanted"])))
 
 
 def _draw_discount(rng: Random) -> Numbers:
@@ -156,7 +155,7 @@ def _draw_discount(rng: Random) -> Numbers:
 def _solve_discount(n: Numbers) -> Solution:
     total = work(n["count"], "x", n["price"])
     off = work(total.result, "%", n["percent"])
-    return Solution("discount", (total, off, work(total.result, "-", off.result)))
+    return Solution((total, off, work(total.result, "-", off.result)))
 
 
 def _draw_voucher(rng: Random) -> Numbers:
@@ -170,8 +169,8 @@ def _solve_voucher(n: Numbers) -> Solution:
     total = work(n["count"], "x", n["price"])
     comparison = Comparison(total.result, n["minimum"])
     if comparison.reached:
-        return Solution("voucher.applies", (total, comparison, work(total.result, "-", n["off"])))
-    return Solution("voucher.below", (total, comparison))
+        return Solution((total, comparison, work(total.result, "-", n["off"])))
+    return Solution((total, comparison))
 
 
 def _draw_bundle(rng: Random) -> Numbers:
@@ -184,7 +183,7 @@ def _draw_bundle(rng: Random) -> Numbers:
 def _solve_bundle(n: Numbers) -> Solution:
     apart = work(n["first"], "+", n["second"])
     saving = work(apart.result, "-", n["pack"])
-    return Solution("bundle", (apart, saving, work(saving.result, "x", n["count"])))
+    return Solution((apart, saving, work(saving.result, "x", n["count"])))
 
 
 def _draw_shipping(rng: Random) -> Numbers:
@@ -197,8 +196,8 @@ def _solve_shipping(n: Numbers) -> Solution:
     total = work(n["count"], "x", n["price"])
     comparison = Comparison(total.result, n["free_from"])
     if comparison.reached:
-        return Solution("shipping.free", (total, comparison))
-    return Solution("shipping.paid", (total, comparison, work(total.result, "+", n["fee"])))
+        return Solution((total, comparison))
+    return Solution((total, comparison, work(total.result, "+", n["fee"])))
 
 
 def _draw_change(rng: Random) -> Numbers:
@@ -210,7 +209,7 @@ def _draw_change(rng: Random) -> Numbers:
 def _solve_change(n: Numbers) -> Solution:
     several = work(n["count"], "x", n["price"])
     total = work(several.result, "+", n["extra"])
-    return Solution("change", (several, total, work(n["paid"], "-", total.result)))
+    return Solution((several, total, work(n["paid"], "-", total.result)))
 
 
 def _draw_stock(rng: Random) -> Numbers:
@@ -221,7 +220,7 @@ def _draw_stock(rng: Random) -> Numbers:
 def _solve_stock(n: Numbers) -> Solution:
     sold = work(n["orders"], "x", n["each"])
     left = work(n["start"], "-", sold.result)
-    return Solution("stock", (sold, left, work(left.result, "+", n["delivered"])))
+    return Solution((sold, left, work(left.result, "+", n["delivered"])))
 
 
 def _draw_comparison(rng: Random) -> Numbers:
@@ -235,9 +234,8 @@ def _draw_comparison(rng: Random) -> Numbers:
 def _solve_comparison(n: Numbers) -> Solution:
     small = work(n["small_price"], "/", n["small"])
     large = work(n["large_price"], "/", n["large"])
-    if small.result < large.result:
-        return Solution("comparison.small", (small, large, work(large.result, "-", small.result)))
-    return Solution("comparison.large", (small, large, work(small.result, "-", large.result)))
+    cheap, dear = sorted((small.result, large.result))
+    return Solution((small, large, work(dear, "-", cheap)))
 
 
 _PROBLEMS: dict[Template, tuple[Callable[[Random], Numbers], Callable[[Numbers], Solution]]] = {

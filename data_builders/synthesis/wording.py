@@ -18,9 +18,8 @@ class Product:
 class Wording:
     """All text of one language.
 
-    Questions are keyed by template; thinking and summaries by case (see `problems.Solution`). Slots are the problem's
-    numbers by name, {name}, {item}, {items}, {other} (a second product) and {good} (sold by weight); in thinking also
-    {0}, {1}, {2}: the written lines of working; in summaries {answer}; in checks {check}: the sum that checks the last.
+    Slots are the problem's numbers by name, {name}, {item}, {items}, {other} (a second product) and {good} (sold by
+    weight); in checks {check}: the sum that checks the last.
     """
 
     answer: str  # stands before the boxed number
@@ -28,9 +27,7 @@ class Wording:
     products: tuple[Product, ...]
     goods: tuple[str, ...]
     questions: Mapping[Template, tuple[str, ...]]
-    thinking: Mapping[str, str]
     checks: tuple[str, ...]
-    summaries: Mapping[str, str]
     stop: str = "."
     space: str = " "
 

@@ -140,7 +140,7 @@ def test_every_byte_that_matters_is_the_same(runs: tuple[Path, Path]) -> None:
     names = [str(p.relative_to(whole)) for p in (whole / "out" / "data").glob("*.jsonl")]
     names += ["out/tokenizer/tokenizer/tokenizer.json", "out/sft/model/model.safetensors", "out/sft/ledger.json"]
     names += ["out/evaluate/by_prompt.jsonl"]
-    assert len(names) == 10
+    assert len(names) == 11
     for name in names:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     graded = [pq.read_table(folder / "out/evaluate/graded.parquet") for folder in (whole, killed)]

@@ -56,34 +56,5 @@ WORDING = Wording(
             "Berapa yang dihemat per {item} dengan memilih pak yang lebih murah?",
         ),
     },
-    thinking={
-        "unit_price": "Pertama, harga 1 kg: {0}. Lalu harga {wanted} kg: {1}.",
-        "discount": "Harga sebelum diskon: {0}. Diskon {percent}%: {1}. Kurangi diskonnya: {2}.",
-        "voucher.applies": "Pertama, total belanja: {0}. Apakah cukup untuk voucher? {1}, cukup. Jadi, potong: {2}.",
-        "voucher.below": "Pertama, total belanja: {0}. Apakah cukup untuk voucher? {1}, tidak cukup. "
-        "Jadi, tidak ada potongan.",
-        "bundle": "Harga jika dibeli terpisah: {0}. Hemat satu paket: {1}. Hemat {count} paket: {2}.",
-        "shipping.free": "Harga barang: {0}. Apakah gratis ongkir? {1}, ya. Jadi, tidak ada tambahan.",
-        "shipping.paid": "Harga barang: {0}. Apakah gratis ongkir? {1}, tidak. Jadi, tambah ongkos kirim: {2}.",
-        "change": "Harga {count} {item}: {0}. Ditambah {other}: {1}. Kembaliannya: {2}.",
-        "stock": "Jumlah yang keluar: {0}. Sisanya: {1}. Ditambah yang datang: {2}.",
-        "comparison.small": "Harga satu {item} di penawaran pertama: {0}. Di penawaran kedua: {1}. "
-        "Yang pertama lebih murah: {2}.",
-        "comparison.large": "Harga satu {item} di penawaran pertama: {0}. Di penawaran kedua: {1}. "
-        "Yang kedua lebih murah: {2}.",
-    },
     checks=("Periksa lagi: {check}. Benar.", "Hitung balik: {check}. Cocok."),
-    summaries={
-        "unit_price": "Harga {wanted} kg {good} adalah {answer}.",
-        "discount": "Setelah diskon, totalnya {answer}.",
-        "voucher.applies": "Voucher berlaku, jadi totalnya {answer}.",
-        "voucher.below": "Voucher tidak berlaku, jadi totalnya {answer}.",
-        "bundle": "Dengan {count} paket, hemat {answer}.",
-        "shipping.free": "Ongkos kirim gratis, jadi totalnya {answer}.",
-        "shipping.paid": "Dengan ongkos kirim, totalnya {answer}.",
-        "change": "Kembaliannya {answer}.",
-        "stock": "Sekarang ada {answer} {item}.",
-        "comparison.small": "Penawaran pertama lebih murah {answer} per {item}.",
-        "comparison.large": "Penawaran kedua lebih murah {answer} per {item}.",
-    },
 )

@@ -56,35 +56,5 @@ WORDING = Wording(
             "Berapakah yang dijimatkan bagi sebuah {item} dengan tawaran yang lebih murah?",
         ),
     },
-    thinking={
-        "unit_price": "Mula-mula, harga 1 kg: {0}. Kemudian, harga {wanted} kg: {1}.",
-        "discount": "Harga sebelum diskaun: {0}. Diskaun {percent}%: {1}. Tolak diskaun: {2}.",
-        "voucher.applies": "Mula-mula, jumlah pembelian: {0}. Cukupkah untuk baucar? {1}, cukup. "
-        "Jadi, tolak potongan: {2}.",
-        "voucher.below": "Mula-mula, jumlah pembelian: {0}. Cukupkah untuk baucar? {1}, tidak cukup. "
-        "Jadi, tiada potongan.",
-        "bundle": "Harga jika dibeli berasingan: {0}. Jimat bagi satu set: {1}. Jimat bagi {count} set: {2}.",
-        "shipping.free": "Harga barang: {0}. Percumakah penghantaran? {1}, ya. Jadi, tiada tambahan.",
-        "shipping.paid": "Harga barang: {0}. Percumakah penghantaran? {1}, tidak. Jadi, tambah kos penghantaran: {2}.",
-        "change": "Harga {count} buah {item}: {0}. Campur {other}: {1}. Wang baki: {2}.",
-        "stock": "Jumlah yang keluar: {0}. Bakinya: {1}. Campur yang baru tiba: {2}.",
-        "comparison.small": "Harga sebuah {item} bagi tawaran pertama: {0}. Bagi tawaran kedua: {1}. "
-        "Yang pertama lebih murah: {2}.",
-        "comparison.large": "Harga sebuah {item} bagi tawaran pertama: {0}. Bagi tawaran kedua: {1}. "
-        "Yang kedua lebih murah: {2}.",
-    },
     checks=("Semak semula: {check}. Betul.", "Kira secara songsang: {check}. Tepat."),
-    summaries={
-        "unit_price": "Harga {wanted} kg {good} ialah {answer}.",
-        "discount": "Selepas diskaun, jumlahnya {answer}.",
-        "voucher.applies": "Baucar boleh digunakan, jadi jumlahnya {answer}.",
-        "voucher.below": "Baucar tidak boleh digunakan, jadi jumlahnya {answer}.",
-        "bundle": "Dengan {count} set, {answer} dijimatkan.",
-        "shipping.free": "Penghantaran percuma, jadi jumlahnya {answer}.",
-        "shipping.paid": "Dengan kos penghantaran, jumlahnya {answer}.",
-        "change": "Wang bakinya {answer}.",
-        "stock": "Sekarang ada {answer} buah {item}.",
-        "comparison.small": "Tawaran pertama lebih murah {answer} bagi sebuah {item}.",
-        "comparison.large": "Tawaran kedua lebih murah {answer} bagi sebuah {item}.",
-    },
 )

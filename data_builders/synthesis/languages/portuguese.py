@@ -61,33 +61,5 @@ WORDING = Wording(
             "Quanto se economiza por {item} na melhor oferta?",
         ),
     },
-    thinking={
-        "unit_price": "Primeiro, o preço de 1 kg: {0}. Depois, o preço de {wanted} kg: {1}.",
-        "discount": "Antes do desconto: {0}. O desconto de {percent}% é: {1}. Tirando o desconto: {2}.",
-        "voucher.applies": "Primeiro, o valor da compra: {0}. É suficiente para o cupom? {1}, sim. "
-        "Então tiro o desconto: {2}.",
-        "voucher.below": "Primeiro, o valor da compra: {0}. É suficiente para o cupom? {1}, não. "
-        "Então não há desconto.",
-        "bundle": "Comprando separados: {0}. Um kit economiza: {1}. Economia de {count} kits: {2}.",
-        "shipping.free": "Os produtos custam: {0}. O frete é grátis? {1}, sim. Então não somo nada.",
-        "shipping.paid": "Os produtos custam: {0}. O frete é grátis? {1}, não. Então somo o frete: {2}.",
-        "change": "Os {items} custam: {0}. Com o {other}: {1}. O troco é: {2}.",
-        "stock": "Saíram: {0}. Sobraram: {1}. Com os que chegaram: {2}.",
-        "comparison.small": "Cada {item} na primeira oferta: {0}. Na segunda: {1}. A primeira é mais barata em: {2}.",
-        "comparison.large": "Cada {item} na primeira oferta: {0}. Na segunda: {1}. A segunda é mais barata em: {2}.",
-    },
     checks=("Conferindo: {check}. Certo.", "Conta inversa: {check}. Confere."),
-    summaries={
-        "unit_price": "O preço de {wanted} kg de {good} é {answer}.",
-        "discount": "Com o desconto, o total é {answer}.",
-        "voucher.applies": "O cupom vale, então o total é {answer}.",
-        "voucher.below": "O cupom não vale, então o total é {answer}.",
-        "bundle": "Com {count} kits, a economia é de {answer}.",
-        "shipping.free": "O frete é grátis, então o total é {answer}.",
-        "shipping.paid": "Com o frete, o total é {answer}.",
-        "change": "O troco é {answer}.",
-        "stock": "Agora há {answer} {items}.",
-        "comparison.small": "A primeira oferta é mais barata: {answer} a menos por {item}.",
-        "comparison.large": "A segunda oferta é mais barata: {answer} a menos por {item}.",
-    },
 )

@@ -36,6 +36,14 @@ def test_each_digit_is_a_token_but_round_thousands_are_one(tiny_tokenizer: PreTr
     assert with_digits == set("0123456789") | {".000", ",000"}
 
 
+def test_a_token_across_words_ends_at_a_digit() -> None:
+    lines = ["2 x 30 = 60. Answer: 60", "4 x 50 = 200. Answer: 200"] * 20
+    apart, joined = (tokenizer.train(iter(lines), 400, 64, across_words=across) for across in (False, True))
+    assert apart.tokenize("4 x 50. Answer: 200") == [*("4", "Ġx", "Ġ", "5", "0", "."), "ĠAnswer", ":", "Ġ", *"200"]
+    assert joined.tokenize("4 x 50. Answer: 200") == ["4", "ĠxĠ", "5", "0", ".ĠAnswer:Ġ", *"200"]
+    assert joined.decode(joined("4 x 50. Answer: 200")["input_ids"]) == "4 x 50. Answer: 200"
+
+
 def test_marks_are_single_tokens_and_thinking_is_kept_as_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     marks = [chat.PAD, chat.TURN_START, chat.TURN_END, chat.THINK_START, chat.THINK_END]
     size = len(tiny_tokenizer)
