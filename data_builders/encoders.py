@@ -126,7 +126,7 @@ class SentenceTransformers(Encoder):
 
     def _truncated(self, texts: Sequence[str]) -> NDArray[np.bool_]:
         longest = self._model.max_seq_length
-        if longest is None:
+        if longest is None or longest == np.inf:  # static embeddings take texts of any length
             return np.zeros(len(texts), dtype=np.bool_)
         ids = self._model.tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
         return np.array([len(own) > longest for own in ids])

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,21 @@ def test_servers_that_stumble(
     assert max(len(body["input"]) for _, body in one.posts + two.posts) == 3
     assert any("faults of the servers: {" in message and "500 http" in message for message in caplog.messages)
     assert "sk-not" not in caplog.text and "sk-not" not in "".join(p.name for p in tmp_path.rglob("*"))
+
+
+def test_a_server_need_not_know_the_path_health(
+    tmp_path: Path, servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As OpenAI's, and others that are not vLLM's: they are asked for an embedding now and then."""
+    server = servers()
+    server.health = "404"
+    with open_encoder(served(tmp_path, server, requests=QUICK | {"health_seconds": 0.01})) as encoder:
+        deadline = time.monotonic() + 60
+        while len(server.posts) < 8:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert encoder.encode(["a b"]).vectors_SD.tolist() == [[3.0, 2.0]]
+    assert caplog.messages == []  # it never was taken out
 
 
 def test_a_server_is_asked_to_cut_one_text_at_a_time(tmp_path: Path, servers: Servers) -> None:
