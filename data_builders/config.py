@@ -1,7 +1,7 @@
 """Configuration of the data builders. Imports no torch."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -106,7 +106,9 @@ class PreferencesConfig(BuildConfig, JobConfig):
 class QuestionsConfig(QuestionSet, JobConfig):
     """SFT rows and prompts from rows of questions with worked answers."""
 
-    prompts: int = Field(0, ge=0, description="rows set aside as prompts, drawn by the seed; the rest become SFT rows")
+    prompts: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        0, description="rows set aside as prompts, drawn by the seed, or all; the rest become SFT rows"
+    )
 
 
 class EvaluationFileConfig(Config):

@@ -14,7 +14,7 @@ LOOP_TOKENS, LOOP_TIMES = 20, 4  # a run of so many words and signs that comes s
 
 
 def check(text: str, *, cut_off: bool = False) -> Thought | Fault:
-    """As `alignment.thinking.parse`; besides, it ends by itself, is no loop, is readable, and its summary has an answer."""
+    """As `alignment.thinking.parse`; besides, it ends by itself, is readable, no loop, and states its answer last."""
     if cut_off:
         return Fault("cut off")
     thought = parse(text)
