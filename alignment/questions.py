@@ -1,7 +1,9 @@
-"""Questions with known answers, as gsm8k and aqua hold them: rows of a file, a folder or the hub to prompts.
+"""Questions with known answers, as gsm8k, aqua and MATH hold them: rows of a file, a folder or the hub to prompts.
 
 gsm8k (Cobbe et al. 2021, arXiv 2110.14168): `question`, and `answer`, a worked answer whose last line is `#### N`.
 aqua (Ling et al. 2017, arXiv 1705.04146): `question`, `options` such as `A)21`, `rationale`, and `correct`, a letter.
+math (Hendrycks et al. 2021, arXiv 2103.03874; also MATH-500, AIME, AMC): `problem`, `answer`, a text (LaTeX) or a
+number, and `solution`, which may be absent.
 
 A question's id is NAME-NUMBER, its row's place in the source counted from 1. It does not depend on what is kept, so
 a list of verified ids chooses the same questions whatever else is rejected.
@@ -11,12 +13,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
+from types import UnionType
 from typing import Literal
 
 from pydantic import Field
 
-from alignment.answers import choice, to_number
+from alignment.answers import choice, machine_form, to_number
 from alignment.config import Config
 from alignment.errors import UserError, did_you_mean
 from alignment.ledger import Ledger
@@ -25,7 +29,11 @@ from alignment.rows import Row, local_inputs, located_rows
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 FINAL = re.compile(r"\n?[ \t]*####[ \t]*(\S.*?)[ \t]*$")
 OPTION = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*(.*?)\s*", re.DOTALL)
-COLUMNS = {"gsm8k": ("question", "answer"), "aqua": ("question", "options", "rationale", "correct")}
+COLUMNS = {
+    "gsm8k": ("question", "answer"),
+    "aqua": ("question", "options", "rationale", "correct"),
+    "math": ("problem", "answer"),
+}
 ASK_FOR_LETTER = r"Put the letter of the right option in \boxed{}."
 NOT_VERIFIED = "not verified"
 MOST_IDS = 10  # that one message names
@@ -34,7 +42,7 @@ MOST_IDS = 10  # that one message names
 class QuestionSet(Config):
     """Where questions come from."""
 
-    dataset: Literal["gsm8k", "aqua"] = Field("gsm8k", description="the format of the rows")
+    dataset: Literal["gsm8k", "aqua", "math"] = Field("gsm8k", description="the format of the rows")
     rows: str = Field(description="a file, a folder or a hub id of rows in that format")
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9_-]+$", description="what the ids begin with; default: the format's name"
@@ -49,7 +57,10 @@ class QuestionSet(Config):
 
 @dataclass(frozen=True)
 class Question:
-    """`options` are the values of a multiple-choice question, A first, and `answer` is then a letter."""
+    """`options` are the values of a multiple-choice question, A first, and `answer` is then a letter.
+
+    `working` is empty where a row has none.
+    """
 
     id: str
     language: str
@@ -61,7 +72,9 @@ class Question:
     def prompt_row(self) -> Row:
         if self.options:
             return self.head() | {"prompt": [self.message()], "answer": self.answer, "options": list(self.options)}
-        return self.head() | {"prompt": [self.message()], "answer": self.answer.replace(",", "")}
+        is_number = to_number(self.answer, self.language) is not None
+        answer = self.answer.replace(",", "") if is_number else self.answer
+        return self.head() | {"prompt": [self.message()], "answer": answer}
 
     def head(self) -> Row:
         return {"id": self.id, "kind": "math", "language": self.language}
@@ -99,7 +112,7 @@ def read_questions(source: QuestionSet) -> Questions:
         check_columns(source.dataset, row, where)
         name = f"{source.name or source.dataset}-{number}"
         found.ledger.rows_in += 1
-        question, reason = _gsm8k(row, name, source) if source.dataset == "gsm8k" else _aqua(row, name, source)
+        question, reason = _read(row, name, source)
         if verified is not None and name not in verified:
             reason = NOT_VERIFIED
         if reason:
@@ -152,9 +165,22 @@ def _check_known(verified: dict[str, None], found: Questions, source: QuestionSe
 
 def check_columns(dataset: str, row: Row, where: str) -> None:
     for column in COLUMNS[dataset]:
-        kind, words = (list, "a list of texts") if column == "options" else (str, "a text")
+        kind: type | UnionType = list if column == "options" else str
+        words = "a list of texts" if column == "options" else "a text"
+        if (dataset, column) == ("math", "answer"):
+            kind, words = str | int | float, "a text or a number"
         if not isinstance(row.get(column), kind):
             raise UserError(f"{where}: expected {words} {column!r}{did_you_mean(column, row)}")
+
+
+def _read(row: Row, name: str, source: QuestionSet) -> tuple[Question, str | None]:
+    match source.dataset:
+        case "gsm8k":
+            return _gsm8k(row, name, source)
+        case "aqua":
+            return _aqua(row, name, source)
+        case "math":
+            return _math(row, name, source)
 
 
 def _gsm8k(row: Row, name: str, source: QuestionSet) -> tuple[Question, str | None]:
@@ -184,6 +210,15 @@ def _aqua(row: Row, name: str, source: QuestionSet) -> tuple[Question, str | Non
     if [choice(value, values, source.language) for value in values] != letters(values):
         return question, "options cannot be told apart"
     return question, _empty(question)
+
+
+def _math(row: Row, name: str, source: QuestionSet) -> tuple[Question, str | None]:
+    answer = row["answer"] if isinstance(row["answer"], str) else machine_form(Fraction(str(row["answer"])))
+    working = str(row.get("solution") or "").strip()
+    question = Question(name, source.language, row["problem"].strip(), (), working, answer.strip())
+    if not question.text:
+        return question, "empty question"
+    return question, None if question.answer else "empty answer"
 
 
 def _empty(question: Question) -> str | None:

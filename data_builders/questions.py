@@ -1,10 +1,10 @@
-"""SFT rows and prompts, from questions with worked answers in the formats of gsm8k and aqua (alignment/questions.py).
+"""SFT rows and prompts, from questions with answers in the formats of gsm8k, aqua and MATH (alignment/questions.py).
 
     python -m data_builders.questions --config configs/data/gsm8k-train.yaml
 
 Writes sft.jsonl (rows with `messages`; the final answer is boxed, gsm8k's calculator marks <<...>> are taken out),
-prompts.jsonl (rows with `prompt`, `answer` and, for aqua, `options`; none of them in sft.jsonl), rejects.jsonl (each
-row with its reason) and ledger.json.
+prompts.jsonl (rows with `prompt`, `answer` and, for aqua, `options`; none of them in sft.jsonl; questions without a
+worked answer are all here), rejects.jsonl (each row with its reason) and ledger.json.
 """
 
 import random
@@ -22,7 +22,8 @@ def run(config: QuestionsConfig) -> None:
         if this.done:
             return
         found = read_questions(config)
-        aside = set_aside(len(found.kept), config)
+        without_working = {number for number, question in enumerate(found.kept) if not question.working}
+        aside = set_aside(len(found.kept), config) | without_working
         write_rows(this.dir / "sft.jsonl", (sft_row(q) for i, q in enumerate(found.kept) if i not in aside))
         write_rows(this.dir / "prompts.jsonl", (q.prompt_row() for i, q in enumerate(found.kept) if i in aside))
         write_rows(this.dir / "rejects.jsonl", found.rejected.values())
@@ -41,6 +42,8 @@ def run(config: QuestionsConfig) -> None:
 
 def set_aside(count: int, config: QuestionsConfig) -> set[int]:
     """Which of the kept rows become prompts."""
+    if config.prompts == "all":
+        return set(range(count))
     if config.prompts > count:
         raise UserError(f"prompts: {config.prompts} wanted, but {config.rows} gives {count} rows")
     return set(random.Random(config.seed).sample(range(count), config.prompts))

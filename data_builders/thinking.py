@@ -9,16 +9,19 @@ from alignment.answers import extract_answer
 from alignment.thinking import Fault, Thought, parse
 from data_builders.words import tokens
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what tokens that are no whole character decode to
 LOOP_TOKENS, LOOP_TIMES = 20, 4  # a run of so many words and signs that comes so often is a loop
 
 
 def check(text: str, *, cut_off: bool = False) -> Thought | Fault:
-    """As `alignment.thinking.parse`; besides, it ends by itself, is no loop, and its summary has an answer."""
+    """As `alignment.thinking.parse`; besides, it ends by itself, is readable, no loop, and states its answer last."""
     if cut_off:
         return Fault("cut off")
     thought = parse(text)
     if isinstance(thought, Fault):
         return thought
+    if BROKEN in text:
+        return Fault("broken characters")
     if loops(thought.thinking) or loops(thought.summary):
         return Fault("loop")
     return thought if extract_answer(thought.summary) is not None else Fault("no answer in the summary")

@@ -30,6 +30,7 @@ class ScriptedServer:
         self.health = ""  # "" or a word
         self.models: Any = {"data": [{"id": "m", "max_model_len": 128}]}
         self.posts: list[tuple[float, Any]] = []
+        self.gets: list[str] = []
         self.authorization: set[str | None] = set()
         self.most_at_once = 0
         self._now = 0
@@ -41,6 +42,7 @@ class ScriptedServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                server.gets.append(self.path)
                 server._spoilt_or(self, server.health, lambda: server.models if self.path == "/v1/models" else None)
 
             def do_POST(self) -> None:

@@ -78,3 +78,26 @@ def test_more_prompts_than_rows_is_refused(tmp_path: Path) -> None:
     config = QuestionsConfig(output_dir=tmp_path / "out", rows=rows_file(tmp_path, good(1)), prompts=2)
     with pytest.raises(UserError, match="prompts: 2 wanted"):
         questions.run(config)
+
+
+def test_math_has_answers_in_latex_and_need_not_be_worked(tmp_path: Path) -> None:
+    """Of rows without a solution no SFT row could be made."""
+    source = rows_file(
+        tmp_path,
+        {"problem": "Polar?", "solution": "See $r$.", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)"},
+        {"problem": "Miles?", "answer": 27.0},
+        {"problem": "Sum?", "solution": "Add.", "answer": "1,234"},
+        {"problem": "What?", "solution": "Hm.", "answer": " "},
+    )
+    settings = {"dataset": "math", "rows": source}
+    questions.run(QuestionsConfig(output_dir=tmp_path / "some", **settings))
+    assert [row["id"] for row in read(tmp_path / "some" / "sft.jsonl")] == ["math-1", "math-3"]
+    assert [row["id"] for row in read(tmp_path / "some" / "prompts.jsonl")] == ["math-2"]
+    assert [row["reason"] for row in read(tmp_path / "some" / "rejects.jsonl")] == ["empty answer"]
+    questions.run(QuestionsConfig(output_dir=tmp_path / "all", prompts="all", **settings))
+    answers = [row["answer"] for row in read(tmp_path / "all" / "prompts.jsonl")]
+    assert answers == ["\\left( 3, \\frac{\\pi}{2} \\right)", "27", "1234"]
+    assert not read(tmp_path / "all" / "sft.jsonl")
+    rows_file(tmp_path, {"problem": "?", "answer": None})
+    with pytest.raises(UserError, match="expected a text or a number 'answer'"):
+        questions.run(QuestionsConfig(output_dir=tmp_path / "none", **settings))

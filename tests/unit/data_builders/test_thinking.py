@@ -32,6 +32,7 @@ def test_what_is_not_whole_is_named(text: str, reason: str) -> None:
 def test_the_summary_states_the_answer_itself() -> None:
     assert check("<think>\\boxed{45}</think> As I said.") == Fault("no answer in the summary")
     assert check(GOOD, cut_off=True) == Fault("cut off")
+    assert check(GOOD.replace("15", "1\ufffd")) == Fault("broken characters")
 
 
 def test_loops() -> None:
