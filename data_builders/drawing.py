@@ -84,7 +84,7 @@ def _groups(values_N: NDArray[np.str_], bounds: dict[str, BoundsConfig]) -> NDAr
 def _first_of_each(
     cell_of: NDArray[np.int64], counts_X: NDArray[np.int64], order: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """Places of those whose `order` is lowest in their cell: exponential races (Efraimidis and Spirakis 2006, IPL 97)."""
+    """Places of those whose `order` is lowest in their cell, as in Efraimidis and Spirakis 2006, IPL 97."""
     by_cell = np.lexsort((order, cell_of))
     sizes_X = counts_of(cell_of, len(counts_X))
     rank = np.arange(len(order)) - (np.cumsum(sizes_X) - sizes_X)[cell_of[by_cell]]

@@ -178,7 +178,7 @@ def _refuse_lacking(bounds: Sequence[Bounds], result_X: Counts, available_X: Cou
     parts = [
         f"{name}.minimum: {minimum} rows, but the pool has {available} that may be drawn"
         if available < minimum
-        else f"{name}.minimum: {minimum} rows, but with the other bounds and a budget of {total} only {held} fit"
+        else f"{name}.minimum: {minimum} rows are {minimum - held} too many beside the other bounds, of {total} in all"
         for name, (minimum, available, held) in short.items()
     ]
     raise UserError("\n".join(parts[:3]))

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 Array = NDArray[np.floating]
 
 POINTS = 3_000
-TARGET, TRAINING, DRAWN, GREY = "#0072B2", "#777777", "#D55E00", "#c8c8c8"
+TARGET, TRAINING, DRAWN, POOL = "#0072B2", "#555555", "#D55E00", "#d9d9d9"
 
 
 def draw(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_], path: Path) -> None:
-    """Three panels; those of before and after show shares of the rows, as the target's does."""
+    """Three panels of at most POINTS rows each; of training and drawn rows together each has its share of points."""
     rng = np.random.default_rng(config.seed)
     target = sample(sources.target.vectors_ND, POINTS, rng)
     plane = PCA(2).fit(target)
@@ -45,7 +45,7 @@ def draw(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_], p
         "drawn": plane.transform(take(sources.pool.vectors_ND, chosen)) if len(chosen) else empty,
     }
     if sources.training is not None:
-        layers["training"] = plane.transform(sample(sources.training.vectors_ND, POINTS, rng))
+        layers["training"] = rng.permutation(plane.transform(sample(sources.training.vectors_ND, POINTS, rng)))
     _write(config, layers, training_rows, len(drawn), len(sources.target), path)
 
 
@@ -53,22 +53,35 @@ def _write(config: SelectConfig, layers: dict[str, Array], training: int, drawn:
     figure, panels = plt.subplots(1, 3, figsize=(13.5, 4.9), layout="constrained", sharex=True, sharey=True)
     titles = (
         f"Target: {target:,} rows",
-        f"Before: {training:,} training rows",
-        f"After: {training:,} training rows and {drawn:,} drawn",
+        f"Before: {training:,} training rows" if training else "Before: no training rows",
+        f"After: {training:,} training rows and {drawn:,} drawn" if training else f"After: {drawn:,} rows drawn",
     )
     for axes, title in zip(panels, titles, strict=True):
-        _scatter(axes, layers["pool"], GREY, "pool", size=4)
+        _scatter(axes, layers["pool"], POOL, "pool", size=4)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_color("#dddddd")
     _scatter(panels[0], layers["target"], TARGET, "target")
-    kept = len(layers["training"]) * training // max(1, training + drawn)
     _scatter(panels[1], layers["training"], TRAINING, "training")
-    _scatter(panels[2], layers["training"][:kept], TRAINING, "training")
+    _scatter(
+        panels[2],
+        layers["training"][: len(layers["training"]) * training // max(1, training + drawn)],
+        TRAINING,
+        "training",
+    )
     _scatter(panels[2], layers["drawn"], DRAWN, f"drawn by {config.method}")
     for axes in panels:
-        axes.legend(loc="upper right", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none", markerscale=2)
+        axes.legend(
+            loc="upper left",
+            bbox_to_anchor=(-0.02, 0),
+            ncols=3,
+            fontsize=8.5,
+            frameon=False,
+            markerscale=2.5,
+            handletextpad=0.1,
+            columnspacing=1.2,
+        )
     both = np.concatenate([layers["target"], layers["training"], layers["drawn"]])
     low, high = np.quantile(both, [0.002, 0.998], axis=0)
     margin = 0.08 * (high - low)
