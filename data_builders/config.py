@@ -146,12 +146,6 @@ class DeduplicateConfig(JobConfig):
     workers: int | None = Field(None, ge=1, description="processes that hash; default: one for each core")
 
 
-class EmbeddingConfig(Config):
-    """Stand-in until data_builders.embeddings is merged."""
-
-    model: str
-
-
 class VectorsConfig(Config):
     """Vectors that are there already: .npy files of [rows, dimensions], float16 or float32, in the rows' order."""
 
