@@ -255,7 +255,7 @@ class SelectConfig(JobConfig):
     method: Literal["semantic_gap", "dbscan", "linguistic", "random"] = "semantic_gap"
     budget: int = Field(ge=1, description="rows to draw")
     clusters: int | list[int] = Field(
-        [20, 40, 80, 120], description="of the target: a number, or several of which the highest silhouette decides"
+        100, description="of the target: a number, or several of which the highest silhouette decides"
     )
     inside: float = Field(0.99, gt=0, le=1, description="share of the target that is to count as inside its clusters")
     weighting: Literal["gap", "inverse"] = Field(

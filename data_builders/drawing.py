@@ -26,7 +26,7 @@ class Scheme:
     """What a method wants of the pool."""
 
     stratum_N: NDArray[np.int64]  # NEVER: not to be drawn
-    quotas_S: NDArray[np.int64]
+    quotas_S: NDArray[np.integer]
     reasons_S: Sequence[str]  # why a row of the stratum was drawn
     weights_N: NDArray[np.float64] | None = None  # rows of a stratum are drawn in proportion; None: alike
     never: str = "never"  # why rows of no stratum are not drawn
@@ -82,7 +82,7 @@ def _groups(values_N: NDArray[np.str_], bounds: dict[str, BoundsConfig]) -> NDAr
 
 
 def _first_of_each(
-    cell_of: NDArray[np.int64], counts_X: NDArray[np.int64], order: NDArray[np.float64]
+    cell_of: NDArray[np.int64], counts_X: NDArray[np.integer], order: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     """Places of those whose `order` is lowest in their cell, as in Efraimidis and Spirakis 2006, IPL 97."""
     by_cell = np.lexsort((order, cell_of))

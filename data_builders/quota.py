@@ -59,7 +59,7 @@ def deficits(target_C: Amounts, training_C: Counts, budget: int) -> Amounts:
     return np.maximum(0.0, target_C * (training_C.sum() + budget) - training_C)
 
 
-def fill(weights_C: Amounts, caps_C: Counts, total: int) -> Counts:
+def fill(weights_C: Amounts | Counts, caps_C: Counts, total: int) -> Counts:
     """Whole numbers in proportion to `weights_C`, none above its cap, that sum to `total` or to what the caps allow.
 
     n_c = min(cap_c, level x weight_c), rounded by largest remainder (equal remainders: the larger weight, then the
@@ -82,7 +82,7 @@ def fill(weights_C: Amounts, caps_C: Counts, total: int) -> Counts:
     return counts
 
 
-def _largest_remainder(amounts_C: Amounts, weights_C: Amounts, total: int) -> Counts:
+def _largest_remainder(amounts_C: Amounts, weights_C: Amounts | Counts, total: int) -> Counts:
     whole = np.floor(amounts_C + FUZZ).astype(np.int64)
     remainders = np.round(amounts_C - whole, 9)
     order = np.lexsort((np.arange(len(whole)), -weights_C, -remainders))

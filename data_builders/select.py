@@ -9,12 +9,9 @@ in the pool's order, each with `selection`), selection.md and selection.json (ta
 and language), map.png, clusters.npz and ledger.json. The same settings give the same rows, so a killed run starts over.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,58 +21,22 @@ from alignment.errors import UserError
 from alignment.ledger import Ledger
 from alignment.progress import track
 from alignment.rows import Row, count_rows, local_inputs, located_rows, writing_rows
-from data_builders import proximity
+from data_builders import clusters, density, proximity, selection_map, selection_report, vectors
 from data_builders.config import SelectConfig
-from data_builders.drawing import NEVER, Scheme, counts_of, draw, named_bounds, row_draw
+from data_builders.drawing import NEVER, Scheme, counts_of, draw, named_bounds
+from data_builders.embeddings import check_embedding, embedding_inputs
 from data_builders.quota import deficits, fill, gap_quotas
-from data_builders.texts import answer_text, check_texts, row_text
-
-if TYPE_CHECKING:
-    from data_builders.clusters import Clusters
-    from data_builders.vectors import Vectors
-
-NO_LANGUAGE = ""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is kept of a source's rows; the rows themselves are read again when they are written."""
-
-    languages_N: NDArray[np.str_]
-    domains_N: NDArray[np.str_]
-    draws_N: NDArray[np.float64]
-    vectors_ND: "Vectors"
-    answers_ND: "Vectors | None" = None
-
-    def __len__(self) -> int:
-        return len(self.languages_N)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The pool, the target (the pool where there is none) and the training rows, and the cluster of each row."""
-
-    pool: Rows
-    target: Rows
-    training: Rows | None
-    clusters: "Clusters"
-    pool_clusters_N: NDArray[np.int64]
-    pool_similarities_N: NDArray[np.float32]
-    target_K: NDArray[np.int64]
-    training_K: NDArray[np.int64]
-    training_outside: int
+from data_builders.selection_sources import NO_LANGUAGE, Rows, Sources, read
+from data_builders.texts import check_texts
 
 
 def run(config: SelectConfig) -> None:
-    from data_builders import clusters, selection_map, selection_report
-
     with job.Job.open("data_builders.select", config, inputs(config)) as this:
         if this.done:
             return
         sources = read(config)
         scheme = scheme_of(config, sources)
-        columns = {"languages": sources.pool.languages_N, "domains": sources.pool.domains_N}
-        drawn_N = draw(scheme, sources.pool.draws_N, columns, config.constraints)
+        drawn_N = drawn_by(scheme, config, sources.pool)
         ledger = write(config, sources, scheme, drawn_N, this.dir / "rows.jsonl")
         ledger.write(this.dir / "ledger.json")
         clusters.save(this.dir / "clusters.npz", sources.clusters)
@@ -87,76 +48,15 @@ def run(config: SelectConfig) -> None:
 
 
 def inputs(config: SelectConfig) -> list[Path]:
-    vectors = [] if config.vectors is None else [p for p in vars(config.vectors).values() if p is not None]
-    return local_inputs(*filter(None, (config.rows, config.target, config.training)), *vectors)
+    sources = filter(None, (config.rows, config.target, config.training))
+    given = [] if config.vectors is None else filter(None, vars(config.vectors).values())
+    return local_inputs(*sources, *given, *embedding_inputs(config.embedding))
 
 
-# What is read
-
-
-def read(config: SelectConfig) -> Sources:
-    """The sources with their vectors and clusters."""
-    from data_builders import clusters as by_meaning
-
-    pool = read_rows(config, "pool", config.rows)
-    target = pool if config.target is None else read_rows(config, "target", config.target)
-    training = None if config.training is None else read_rows(config, "training", config.training)
-    for name, rows in {"target": target, "training": training}.items():
-        if rows is not None and rows.vectors_ND.shape[1] != pool.vectors_ND.shape[1]:
-            dimensions = f"{rows.vectors_ND.shape[1]} dimensions, those of the pool {pool.vectors_ND.shape[1]}"
-            raise UserError(f"vectors.{name}: the vectors have {dimensions}")
-    clusters = by_meaning.find(target.vectors_ND, config.cluster_candidates, config.inside, config.seed)
-    number = len(clusters.centres_KD)
-    labels, similarities = by_meaning.assign(pool.vectors_ND, clusters)
-    of_target = by_meaning.nearest(target.vectors_ND, clusters.centres_KD)[0]
-    of_training = np.empty(0, np.int64) if training is None else by_meaning.assign(training.vectors_ND, clusters)[0]
-    return Sources(
-        pool,
-        target,
-        training,
-        clusters,
-        labels,
-        similarities,
-        counts_of(of_target, number),
-        counts_of(of_training, number),
-        int((of_training == by_meaning.OUTSIDE).sum()),
-    )
-
-
-def read_rows(config: SelectConfig, name: str, source: str) -> Rows:
-    """Languages, domains and draws of a source's rows, and their vectors."""
-    from data_builders import vectors
-
-    texts, answers, languages, domains, draws = list[str](), list[str](), list[str](), list[str](), list[float]()
-    with_answers = config.method == "dbscan" and config.dbscan.answers and name == "pool"
-    for where, row in track(located_rows(source), count_rows(source), f"read {name}"):
-        languages.append(sys.intern(str(row.get("language") or NO_LANGUAGE)))
-        domains.append(sys.intern(str(row.get(config.constraints.domain_column) or "")))
-        if name == "pool":
-            draws.append(row_draw(row, config.seed))
-        if config.embedding is not None:
-            texts.append(row_text(row, where, config.column, config.turns))
-        if config.embedding is not None and with_answers:
-            answers.append(answer_text(row, where, config.dbscan.answer_column))
-    if config.embedding is not None:
-        from data_builders.embeddings import embed
-
-        found = embed(texts, config.embedding)
-        of_answers = embed(answers, config.embedding) if with_answers else None
-    else:
-        assert config.vectors is not None
-        found = _load(vectors.load(getattr(config.vectors, name)), f"vectors.{name}", len(languages), source)
-        of_answers = None
-        if with_answers:
-            assert config.vectors.answers is not None
-            of_answers = _load(vectors.load(config.vectors.answers), "vectors.answers", len(languages), source)
-    return Rows(np.array(languages), np.array(domains), np.array(draws), found, of_answers)
-
-
-def _load(found: "Vectors", key: str, rows: int, source: str) -> "Vectors":
-    if len(found) != rows:
-        raise UserError(f"{key}: {len(found)} vectors for the {rows} rows of {source}")
-    return found
+def drawn_by(scheme: Scheme, config: SelectConfig, pool: Rows) -> NDArray[np.bool_]:
+    """Which rows of the pool are drawn."""
+    columns = {"languages": pool.languages_N, "domains": pool.domains_N}
+    return draw(scheme, pool.draws_N, columns, config.constraints)
 
 
 # What each method wants
@@ -190,8 +90,6 @@ def _semantic_gap(config: SelectConfig, sources: Sources) -> Scheme:
 
 
 def _dbscan(config: SelectConfig, pool: Rows) -> Scheme:
-    from data_builders import density
-
     found = density.fit(pool.vectors_ND, config.dbscan, config.seed)
     labels = density.assign(pool.vectors_ND, found)
     weights = density.weights(pool.vectors_ND, pool.answers_ND, labels)
@@ -263,6 +161,8 @@ def plan(config: SelectConfig) -> list[str]:
         check_texts(source, config.column, config.turns)
     if config.vectors is not None:
         _check_vectors(config)
+    if config.embedding is not None:
+        check_embedding(config.embedding)
     against = "" if config.training is None else f" less {config.training}"
     of = config.target or config.rows
     candidates = config.cluster_candidates
@@ -274,8 +174,6 @@ def plan(config: SelectConfig) -> list[str]:
 
 
 def _check_vectors(config: SelectConfig) -> None:
-    from data_builders import vectors
-
     assert config.vectors is not None
     sources = {"pool": config.rows, "target": config.target, "training": config.training, "answers": config.rows}
     for name, path in vars(config.vectors).items():

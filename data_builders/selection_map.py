@@ -4,7 +4,6 @@ The map is the plane of the target's first two principal components; a point is 
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -17,18 +16,17 @@ from sklearn.decomposition import PCA
 
 from alignment import atomic
 from data_builders.config import SelectConfig
+from data_builders.selection_sources import Sources
 from data_builders.vectors import sample, take
-
-if TYPE_CHECKING:
-    from data_builders.select import Sources
 
 Array = NDArray[np.floating]
 
 POINTS = 3_000
+DOTS_PER_INCH = 150
 TARGET, TRAINING, DRAWN, POOL = "#0072B2", "#555555", "#D55E00", "#d9d9d9"
 
 
-def draw(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_], path: Path) -> None:
+def draw(config: SelectConfig, sources: Sources, drawn_N: NDArray[np.bool_], path: Path) -> None:
     """Three panels of at most POINTS rows each; of training and drawn rows together each has its share of points."""
     rng = np.random.default_rng(config.seed)
     target = sample(sources.target.vectors_ND, POINTS, rng)
@@ -89,7 +87,7 @@ def _write(config: SelectConfig, layers: dict[str, Array], training: int, drawn:
     panels[0].set_ylim(low[1] - margin[1], high[1] + margin[1])
     figure.supxlabel("first two principal components of the target's vectors", fontsize=9, color="#555555")
     with atomic.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=DOTS_PER_INCH, format="png")
     plt.close(figure)
 
 

@@ -6,7 +6,7 @@ Shapes: K clusters, C the clusters and what is outside all of them, N rows of th
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,8 @@ from data_builders.config import SelectConfig
 from data_builders.distances import median_distance, squared_mmd, total_variation
 from data_builders.drawing import counts_of
 from data_builders.quota import deficits, gap_quotas
+from data_builders.selection_sources import Rows, Sources
 from data_builders.vectors import Vectors, sample, take
-
-if TYPE_CHECKING:
-    from data_builders.select import Rows, Sources
 
 MMD_ROWS = 2_000
 TABLE_ROWS = 40  # of selection.md; selection.json has all
@@ -37,18 +35,19 @@ class Report:
     metrics: dict[str, float | int | None]
 
 
-def make(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_]) -> Report:
+def make(config: SelectConfig, sources: Sources, drawn_N: NDArray[np.bool_]) -> Report:
     clusters = _clusters(config, sources, drawn_N)
     pool, target, training = sources.pool, sources.target, sources.training
-    of_training = {"languages": None, "domains": None}
-    if training is not None:
-        of_training = {"languages": training.languages_N, "domains": training.domains_N}
-    languages = _by_value(target.languages_N, of_training["languages"], pool.languages_N, drawn_N)
-    domains = _by_value(target.domains_N, of_training["domains"], pool.domains_N, drawn_N)
+    languages, domains = (
+        _by_value(getattr(target, name), getattr(training, name, None), getattr(pool, name), drawn_N)
+        for name in ("languages_N", "domains_N")
+    )
+    different = [pool, *(rows for rows in (target, training) if rows is not None and rows is not pool)]
     metrics: dict[str, float | int | None] = {
         "clusters": len(sources.target_K),
         "clusters.silhouette": max(sources.clusters.silhouettes.values(), default=None),
         "clusters.least_similarity": sources.clusters.similarity,
+        "embedding.truncated": sum(rows.truncated for rows in different),
         "gap.unavailable": sum(line["unavailable"] for line in clusters),
         **_total_variations(clusters),
         **_mmds(config, sources, drawn_N),
@@ -56,7 +55,7 @@ def make(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_]) -
     return Report(clusters, languages, domains, metrics)
 
 
-def _clusters(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_]) -> Table:
+def _clusters(config: SelectConfig, sources: Sources, drawn_N: NDArray[np.bool_]) -> Table:
     """A line for each cluster, and the last for what is outside: rows, and shares before and after.
 
     `deficit` is what training and budget together lack of the target's share, `wanted` what of the budget the cluster
@@ -138,7 +137,7 @@ def _total_variations(clusters: Table) -> dict[str, float | None]:
     }
 
 
-def _mmds(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_]) -> dict[str, float | None]:
+def _mmds(config: SelectConfig, sources: Sources, drawn_N: NDArray[np.bool_]) -> dict[str, float | None]:
     """Between MMD_ROWS rows of each; the kernel is as wide as the target's rows are apart."""
     rng = np.random.default_rng(config.seed)
     target = sample(sources.target.vectors_ND, MMD_ROWS, rng)
@@ -152,7 +151,7 @@ def _mmds(config: SelectConfig, sources: "Sources", drawn_N: NDArray[np.bool_]) 
 
 
 def _together(
-    training: "Rows | None", pool: "Rows", drawn: NDArray[np.int64], rng: np.random.Generator
+    training: Rows | None, pool: Rows, drawn: NDArray[np.int64], rng: np.random.Generator
 ) -> NDArray[np.float32]:
     """At most MMD_ROWS rows of the training rows and those drawn of the pool."""
     first = 0 if training is None else len(training)
