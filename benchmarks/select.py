@@ -3,12 +3,12 @@
     python -m benchmarks.select [FOLDER]
 
 Gaps: mixtures on the sphere, whose components are known. The usage has 24 of them in unequal parts, the training rows
-have half of those, the pool has 80: less than a third of it is of use. Distances are the total variation over the true
-components, which no method sees, and the maximum mean discrepancy to other rows of the usage than those that a method
-sees; what a method closes is the part of the distance before. In `unrelated` mixtures components have nothing to do
-with languages; in `aligned` ones each component is of one language, and those that training lacks are of two. In
-`useful` ones, which no claim's value counts, the pool has the usage's components alone. `attainable` is what quotas
-over the true components close.
+have half of those as the usage has them, the pool has 80: less than a third of it is of use. Distances are the total
+variation over the true components, which no method sees, and the maximum mean discrepancy to other rows of the usage
+than those that a method sees; what a method closes is the part of the distance before. In `unrelated` mixtures
+components have nothing to do with languages; in `aligned` ones each component is of one language, and those that
+training lacks are of two. In `useful` ones, which no claim's value counts, the pool has the usage's components alone.
+`attainable` is what quotas over the true components close.
 
 Speed: the job on a million vectors of 1,024 dimensions, files read and written, as a process of its own; its peak is
 what the kernel says of it. The peers hold their rows in memory and are measured at sizes that they can do; a line
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from alignment.rows import write_rows
 from alignment.stats import mean_interval
 from benchmarks import report
-from data_builders import select
+from data_builders import select, selection_sources
 from data_builders.config import SelectConfig
 from data_builders.distances import median_distance, squared_mmd, total_variation
 from data_builders.quota import gap_quotas
@@ -41,7 +41,7 @@ METHODS = ("semantic_gap", "linguistic", "random")
 KINDS = ("unrelated", "aligned", "useful")
 DISTANCES = ("total_variation", "mmd")
 COMPONENTS, USED, KNOWN, DIMENSIONS = 80, 24, 12, 64
-USAGE, TRAINING, POOL, BUDGET, SEEDS = 3_000, 3_000, 30_000, 3_000, 8
+USAGE, TRAINING, POOL, BUDGET, SEEDS = 3_000, 3_000, 60_000, 4_500, 5
 LANGUAGES = ("id", "ms", "th", "vi", "en")
 RESAMPLES = 10_000
 
@@ -129,7 +129,7 @@ def study(folder: Path, kind: str, seed: int) -> dict[str, dict[str, float]]:
         budget=BUDGET,
         vectors={name: folder / f"{name}.npy" for name in ("pool", "target", "training")},
     )
-    sources = select.read(config)
+    sources = selection_sources.read(config)
     for method in METHODS:
         scheme = select.scheme_of(config.model_copy(update={"method": method}), sources)
         drawn[method] = np.flatnonzero(select.drawn_by(scheme, config, sources.pool))
@@ -158,12 +158,13 @@ def made(kind: str, rng: np.random.Generator) -> dict[str, Mixture]:
         languages[used[KNOWN:]] = rng.choice(["th", "id"], size=USED - KNOWN)
     shares = {name: np.zeros(COMPONENTS) for name in ("target", "training")}
     shares["target"][used] = rng.dirichlet(np.full(USED, 5.0))
-    shares["training"][used[:KNOWN]] = rng.dirichlet(np.full(KNOWN, 5.0))
-    shares |= {"judge": shares["target"], "pool": rng.dirichlet(np.full(COMPONENTS, 2.0))}
+    known = used[:KNOWN]
+    shares["training"][known] = shares["target"][known] / shares["target"][known].sum()
+    shares |= {"judge": shares["target"], "pool": rng.dirichlet(np.full(COMPONENTS, 10.0))}
     if kind == "useful":
         shares["pool"] = np.where(shares["target"] > 0, shares["pool"], 0) / shares["pool"][used].sum()
     sizes = {"target": USAGE, "judge": USAGE, "training": TRAINING, "pool": POOL}
-    mixtures = {}
+    mixtures: dict[str, Mixture] = {}
     for name, size in sizes.items():
         components = rng.choice(COMPONENTS, size=size, p=shares[name])
         noise = rng.normal(size=(size, DIMENSIONS)) * spread[components][:, None]

@@ -22,7 +22,7 @@ from alignment.errors import UserError
 from data_builders.vectors import Vectors, blocks, sample
 
 ROWS_PER_CLUSTER = 256  # more move a centre by little: its error falls as the root of their number
-ITERATIONS, STARTS = 20, 2
+ITERATIONS, STARTS = 20, 3
 SILHOUETTE_ROWS = 4_000
 OUTSIDE = -1
 
@@ -66,6 +66,7 @@ def _centres(rows_ND: NDArray[np.float32], number: int, seed: int) -> NDArray[np
         niter=ITERATIONS,
         nredo=STARTS,
         spherical=True,
+        init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
         seed=seed,
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows_ND),

@@ -35,6 +35,6 @@ def squared_mmd(x_ND: Array, y_MD: Array, bandwidth: float) -> float:
 
 
 def _kernel_sum(x_ND: Array, y_MD: Array, bandwidth: float) -> float:
-    squares_N, squares_M = (x_ND**2).sum(1, dtype=np.float64), (y_MD**2).sum(1, dtype=np.float64)
-    distances = np.maximum(squares_N[:, None] + squares_M - 2.0 * (x_ND @ y_MD.T), 0)
-    return float(np.exp(distances / (-2 * bandwidth**2)).sum())
+    squares_N, squares_M = (x_ND**2).sum(1), (y_MD**2).sum(1)
+    distances_NM = np.maximum(squares_N[:, None] + squares_M - 2 * (x_ND @ y_MD.T), 0)
+    return float(np.exp(distances_NM / (-2 * bandwidth**2)).sum(dtype=np.float64))
