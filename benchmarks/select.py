@@ -11,13 +11,12 @@ training lacks are of two. In `useful` ones, which no claim's value counts, the 
 `attainable` is what quotas over the true components close.
 
 Speed: the job on a million vectors of 1,024 dimensions, files read and written, as a process of its own; its peak is
-what the kernel says of it. The peers hold their rows in memory and are measured at sizes that they can do; a line
+the kernel's high-water mark. The peers hold their rows in memory and are measured at sizes that they can do; a line
 through the logarithms of their times gives those at a million. FOLDER (default: a temporary one) takes 3 GB.
 """
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -264,23 +263,24 @@ def ours(folder: Path, method: str, rows: int) -> tuple[float, float]:
         "vectors": {"pool": str(pool.with_suffix(".npy")), **{name: str(folder / f"{name}.npy") for name in others}},
     }
     (part / "job.yaml").write_text(json.dumps(config))
-    return timed([sys.executable, "-m", "data_builders.select", "--config", str(part / "job.yaml")])
+    arguments = ["--config", str(part / "job.yaml")]
+    return timed(f"from data_builders import select; assert select.main({arguments}) == 0")
 
 
 def peer(folder: Path, name: str, rows: int) -> tuple[float, float]:
     """Seconds and peak in GB of scikit-learn's class on the first `rows` of the pool, held in memory."""
     load = f"rows = np.load({str(folder / 'pool.npy')!r}, mmap_mode='r')[:{rows}].astype('f4')"
-    return timed([sys.executable, "-c", f"import numpy as np, sklearn.cluster; {load}; {PEER_CODE[name]}"])
+    return timed(f"import numpy as np, sklearn.cluster; {load}; {PEER_CODE[name]}")
 
 
-def timed(command: Sequence[str]) -> tuple[float, float]:
+def timed(code: str) -> tuple[float, float]:
+    """Of a process of its own; the peak is the kernel's high-water mark of what it held at once."""
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command}: exit code {process.returncode}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9
+    command = [sys.executable, "-c", f"{code}; print(open('/proc/self/status').read())"]
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - began
+    mark = next(line for line in finished.stdout.splitlines() if line.startswith("VmHWM:"))
+    return seconds, int(mark.split()[1]) * 1024 / 1e9
 
 
 def fitted(measured: Mapping[int, tuple[float, float]]) -> dict[str, Any]:
