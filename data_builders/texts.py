@@ -42,3 +42,18 @@ def check_texts(source: str, column: str | None = None, turns: Turns = "user") -
 
 def _of_turns(messages: Sequence[Row], turns: Turns) -> str:
     return "\n".join(m.get("content") or "" for m in messages if turns in ("all", m.get("role")))
+
+
+def answer_text(row: Row, where: str, column: str | None = None) -> str:
+    """What somebody answered: the text in `column`, or the assistant's turns of `messages`.
+
+    Raises:
+        UserError: no such column, or no turn of the assistant's.
+    """
+    if column is not None:
+        return row_text(row, where, column, "all")
+    messages = row.get("messages")
+    answers = [m.get("content") or "" for m in messages if m.get("role") == "assistant"] if isinstance(messages, list) else []
+    if not answers:
+        raise UserError(f"{where}: row has no assistant's turn in 'messages'; name the column of its answer")
+    return "\n".join(answers)

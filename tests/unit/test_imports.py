@@ -93,6 +93,7 @@ JOBS = {
     "data_builders.decontaminate": "data_builders.config.DecontaminateConfig",
     "data_builders.deduplicate": "data_builders.config.DeduplicateConfig",
     "data_builders.languages": "data_builders.config.LanguagesConfig",
+    "data_builders.select": "data_builders.config.SelectConfig",
     "data_builders.embed": "data_builders.config.EmbedConfig",
     "data_builders.long_cot": "data_builders.config.LongCoTConfig",
     "dpo.train": "dpo.config.DPOConfig",
