@@ -90,7 +90,7 @@ def run(config: DriftConfig) -> None:
         }
         atomic.write_json(this.dir / "drift.json", report)
         draw(config, found, moved_clusters, this.dir / "drift.png")
-        this.finish({**_metrics(stream, moved_clusters), **_counts(ledger)})
+        this.finish({**_metrics(config, stream, moved_clusters), **_counts(ledger)})
 
 
 def _check_dimensions(config: DriftConfig, reference: Rows, stream: Rows) -> None:
@@ -198,8 +198,8 @@ def _describe(config: DriftConfig, stream: Stream, number: int) -> dict[str, Any
     }
     if window.performance is not None:
         described["performance"] = {
-            "before": window.performance.before,
-            "after": window.performance.after,
+            "before": usage.sign(config) * window.performance.before,
+            "after": usage.sign(config) * window.performance.after,
             "rows": window.performance.rows,
             "p": window.performance.result.p,
             "adjusted_p": window.performance_adjusted,
@@ -246,9 +246,9 @@ def _add_texts(config: DriftConfig, described: list[dict[str, Any]]) -> None:
                 one["typical"] = [texts[row] for row in one["typical"]]
 
 
-def _metrics(stream: Stream, clusters: Sequence[dict[str, Any]]) -> dict[str, float | int | None]:
+def _metrics(config: DriftConfig, stream: Stream, clusters: Sequence[dict[str, Any]]) -> dict[str, float | int | None]:
     alarms = [number for number, window in enumerate(stream.found, start=1) if window.alarm]
-    worst = min((window.performance.after for window in stream.found if window.performance), default=None)
+    performances = [window.performance.after for window in stream.found if window.performance]
     return {
         "windows": len(stream.found),
         "windows.drifted": sum(window.drifted for window in stream.found),
@@ -257,7 +257,7 @@ def _metrics(stream: Stream, clusters: Sequence[dict[str, Any]]) -> dict[str, fl
         "alarms.first": alarms[0] if alarms else None,
         "adjusted_p": min(min(window.adjusted.values()) for window in stream.found),
         "shift.largest": max(window.shift.effect for window in stream.found),
-        "performance.lowest": worst,
+        "performance.worst": usage.sign(config) * min(performances) if performances else None,
         "clusters.grew": sum(one["share_after"] > one["share_before"] for one in clusters),
         "clusters.shrank": sum(one["share_after"] < one["share_before"] for one in clusters),
     }

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from alignment import atomic
+from data_builders import usage
 from data_builders.config import DriftConfig
 from data_builders.drift_tests import Window, level_of_one
 
@@ -57,7 +58,7 @@ def _tests(axes: Axes, config: DriftConfig, windows: Sequence[Window]) -> None:
 
 def _performance(axes: Axes, config: DriftConfig, windows: Sequence[Window]) -> None:
     assert config.performance is not None
-    sign = 1 if config.performance.better == "higher" else -1
+    sign = usage.sign(config)
     known = [(number, window.performance) for number, window in enumerate(windows, start=1) if window.performance]
     axes.plot([n for n, _ in known], [sign * p.after for _, p in known], color="#222222", marker="o", markersize=4)
     axes.plot([n for n, _ in known], [sign * p.before for _, p in known], color=GREY, linestyle="--", linewidth=1)

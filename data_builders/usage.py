@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from alignment.errors import UserError, did_you_mean
 from alignment.progress import track
 from alignment.rows import Row, count_rows, first_rows, located_rows
-from data_builders.config import DriftConfig, UsageConfig
+from data_builders.config import DriftConfig, EmbeddingConfig, UsageConfig
 from data_builders.texts import check_texts, row_text
 
 Numbers = NDArray[np.int64]
@@ -46,8 +46,7 @@ def read(config: DriftConfig, source: UsageConfig, timed: bool) -> Rows:
         if timed and config.time is not None:
             times.append(_time(row, config.time, where))
         if config.performance is not None:
-            sign = 1 if config.performance.better == "higher" else -1
-            performance.append(sign * _number(row, config.performance.column, where))
+            performance.append(sign(config) * _number(row, config.performance.column, where))
             if config.performance.pair is not None:
                 pairs.append(str(_value(row, config.performance.pair, where)))
     return Rows(
@@ -75,6 +74,11 @@ def check(config: DriftConfig) -> None:
                     _value(row, config.performance.pair, where)
 
 
+def sign(config: DriftConfig) -> int:
+    """What a performance is multiplied by, so that higher is better."""
+    return -1 if config.performance is not None and config.performance.better == "lower" else 1
+
+
 def cut(stream: Rows, config: DriftConfig) -> list[Numbers]:
     """The rows of each window, by time where there is one, else in their order; spans without a row are left out."""
     order = np.arange(len(stream)) if stream.times_N is None else np.argsort(stream.times_N, kind="stable")
@@ -100,10 +104,8 @@ def load_vectors(source: UsageConfig) -> NDArray[np.floating[Any]]:
 
 def _vectors(config: DriftConfig, source: UsageConfig, texts: list[str]) -> NDArray[np.floating[Any]]:
     if source.vectors is None:
-        from data_builders.embeddings import embed
-
         assert config.embedding is not None, "the config asks for it"
-        return embed(texts, config.embedding)
+        return embed_texts(texts, config.embedding)
     vectors_ND = load_vectors(source)
     if len(vectors_ND) != len(texts):
         raise UserError(f"{source.vectors}: {len(vectors_ND)} vectors, but {source.rows} holds {len(texts)} rows")
@@ -111,6 +113,12 @@ def _vectors(config: DriftConfig, source: UsageConfig, texts: list[str]) -> NDAr
     if not finite_N.all():
         raise UserError(f"{source.vectors}: vector {int(finite_N.argmin())} is not finite")
     return vectors_ND
+
+
+def embed_texts(texts: list[str], embedding: EmbeddingConfig) -> NDArray[np.floating[Any]]:
+    from data_builders.embeddings import embed
+
+    return embed(texts, embedding)
 
 
 def _value(row: Row, column: str, where: str) -> Any:
