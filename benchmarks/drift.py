@@ -2,7 +2,7 @@
 
     python -m benchmarks.drift [PICTURE.png]
 
-Rows are drawn from a mixture of twelve topics in 32 dimensions; a stream is four windows of 150 rows against 600 of
+Rows are drawn from a mixture of twelve topics in 16 dimensions; a stream is four windows of 150 rows against 600 of
 reference, with all three tests. Without a shift the chance of any alarm has to be at most the level, 0.05, over 1,000
 streams; the peer tests each window at the level by itself, as is common. With a shift in the last window, the power is
 the share of streams in which that window is found: by mixture weights (a share of its rows goes to the three rarest
@@ -24,9 +24,9 @@ from data_builders.config import DriftConfig
 from data_builders.drift_tests import Clusters, Usage, Window, examine
 from data_builders.two_sample import holm
 
-TOPICS, DIMENSIONS = 12, 32
+TOPICS, DIMENSIONS = 12, 16
 REFERENCE, WINDOWS, ROWS = 600, 4, 150
-NULL_STREAMS, STREAMS = 1000, 100
+NULL_STREAMS, STREAMS = 1000, 80
 WEIGHT_SHIFTS, MEAN_SHIFTS = (0.05, 0.1, 0.15, 0.2, 0.3), (0.25, 0.5, 0.75, 1.0, 1.5)
 STATED = {"weights": 0.2, "mean": 0.75}
 LABELS = {
@@ -43,8 +43,8 @@ CONFIG = DriftConfig.model_validate(
         "reference": {"rows": "unused", "vectors": "unused"},
         "stream": {"rows": "unused", "vectors": "unused"},
         "clusters": 16,
-        "permutations": 499,
-        "block": 250,
+        "permutations": 299,
+        "block": 150,
     }
 )
 

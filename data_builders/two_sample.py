@@ -23,7 +23,7 @@ Array = NDArray[np.floating]
 Counts = NDArray[np.int64]
 
 AT_ONCE = 1_000  # permutations whose indicators are in memory together
-BANDWIDTH_ROWS = 500  # rows of each sample from which the median distance is taken
+BANDWIDTH_ROWS = 250  # rows of each sample from which the median distance is taken
 CLASSIFIER_ROWS = 5_000  # rows of each sample that the classifier sees at most
 NO_SPREAD = 1e-24  # the variance of a difference, at least: samples without any spread are as far apart as can be
 RIDGE = 0.01  # inverse strength of the classifier's penalty, on standardised features
