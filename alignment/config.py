@@ -256,6 +256,25 @@ class SamplingConfig(Config):
         return self
 
 
+def server_addresses(given: Sequence[str], key: str) -> list[str]:
+    """Addresses of servers without a closing `/v1`; `key` is what the config calls them.
+
+    Raises:
+        ValueError: one that is no address, or is given twice.
+        UserError: one that holds a password.
+    """
+    addresses = [address.rstrip("/").removesuffix("/v1") for address in given]
+    for address in addresses:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+            raise ValueError(f"{address!r} is not an address of a server, as http://host:8000")
+        if parts.username or parts.password:  # a ValueError would be printed with the address
+            raise UserError(f"{key}: an address may hold no password: keys come from the environment")
+        if addresses.count(address) > 1:
+            raise ValueError(f"{address!r} is given twice")
+    return addresses
+
+
 class RequestsConfig(Config):
     """How servers are asked, and how much of their trouble is borne."""
 
@@ -291,13 +310,4 @@ class EngineConfig(Config):
     @field_validator("endpoints")
     @classmethod
     def _addresses(cls, given: list[str]) -> list[str]:
-        addresses = [address.rstrip("/").removesuffix("/v1") for address in given]
-        for address in addresses:
-            parts = urlsplit(address)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-                raise ValueError(f"{address!r} is not an address of a server, as http://host:8000")
-            if parts.username or parts.password:  # a ValueError would be printed with the address
-                raise UserError("engine.endpoints: an address may hold no password: keys come from the environment")
-            if addresses.count(address) > 1:
-                raise ValueError(f"{address!r} is given twice")
-        return addresses
+        return server_addresses(given, "engine.endpoints")

@@ -6,8 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from alignment.config import Config, EngineConfig, JobConfig, SamplingConfig
+from alignment.config import Config, EngineConfig, JobConfig, RequestsConfig, SamplingConfig, server_addresses
 from alignment.questions import QuestionSet
+from alignment.rows import is_hub_id
 
 SPAN = r"[1-9]\d*[hdw]"  # of time
 
@@ -112,6 +113,57 @@ class QuestionsConfig(QuestionSet, JobConfig):
     prompts: int = Field(0, ge=0, description="rows set aside as prompts, drawn by the seed; the rest become SFT rows")
 
 
+class EmbeddingConfig(Config):
+    """A model that makes vectors of texts, and where they are kept; see data_builders.embeddings."""
+
+    model: str = Field(description="a sentence-transformers folder or hub id; of endpoints: the name that they serve")
+    backend: Literal["sentence_transformers", "vllm", "endpoint"] = Field(
+        "sentence_transformers", description="both of the first run the model in this process"
+    )
+    revision: str | None = Field(None, description="of a hub id; default: its main branch")
+    endpoints: list[str] = Field([], description="addresses of servers of /v1/embeddings, as http://host:8000")
+    requests: RequestsConfig = RequestsConfig()
+    prefix: str = Field("", description="stands before each text, as the model was trained: 'query: ' for E5")
+    batch_size: int = Field(32, ge=1, description="texts that the model, or one request, takes at once")
+    max_tokens: int | None = Field(
+        None, ge=2, description="longer texts are cut, and counted; default: the model's own maximum"
+    )
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="of the vectors on disk and, on a GPU, of the model"
+    )
+    cache: Path = Field(Path("runs/cache/embeddings"), description="a folder that jobs share")
+
+    @model_validator(mode="after")
+    def _endpoints_and_backend(self) -> Self:
+        if (self.backend == "endpoint") != bool(self.endpoints):
+            raise ValueError("'endpoints' and backend: endpoint go together")
+        if self.revision is not None and (self.backend == "endpoint" or not is_hub_id(self.model)):
+            raise ValueError(f"revision: {self.model!r} is no hub id, org/name")
+        return self
+
+    @field_validator("endpoints")
+    @classmethod
+    def _addresses(cls, given: list[str]) -> list[str]:
+        return server_addresses(given, "embedding.endpoints")
+
+
+class EmbeddingNeighboursConfig(EmbeddingConfig):
+    """Rows alike by the cosine of their embeddings."""
+
+    similarity: float = Field(
+        0.9, gt=0, le=1, description="cosine of two rows, at least; models differ in it: measure it for yours"
+    )
+
+
+class EmbedConfig(JobConfig):
+    """Embeddings of rows, made ahead of the jobs that use them."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows of any kind")
+    column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
+    turns: Literal["user", "all"] = Field("user", description="which messages count")
+    embedding: EmbeddingConfig
+
+
 class EvaluationFileConfig(Config):
     """Rows that must not be trained on."""
 
@@ -128,6 +180,7 @@ class DecontaminateConfig(JobConfig):
     evaluation: dict[str, EvaluationFileConfig] = Field(min_length=1, description="name -> rows")
     words: float = Field(0.6, gt=0, le=1, description="share of an evaluation row, at least, in its own words")
     renumbered: float = Field(0.75, gt=0, le=1, description="the same where numbers do not count")
+    embedding: EmbeddingNeighboursConfig | None = Field(None, description="also paraphrases and translations")
     workers: int | None = Field(None, ge=1, description="processes that search; default: one for each core")
 
 
@@ -145,7 +198,8 @@ class DeduplicateConfig(JobConfig):
     rows: str = Field(description="a file, a folder or a hub id of rows of any kind")
     column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
     turns: Literal["user", "all"] = Field("user", description="which messages are compared")
-    near: NearDuplicatesConfig | None = Field(NearDuplicatesConfig(), description="null: exact duplicates alone")
+    near: NearDuplicatesConfig | None = Field(NearDuplicatesConfig(), description="null: no near-duplicates")
+    embedding: EmbeddingNeighboursConfig | None = Field(None, description="also those alike by their embeddings")
     workers: int | None = Field(None, ge=1, description="processes that hash; default: one for each core")
 
 

@@ -57,9 +57,9 @@ class Overlap:
     """A text repeats an evaluation row."""
 
     row: EvaluationRow
-    method: str  # exact, words or renumbered
-    share: float
-    evidence: str  # the longest run of words that both hold
+    method: str  # exact, words or renumbered; or embedding, by data_builders.decontaminate
+    share: float  # or the cosine
+    evidence: str  # the longest run of words that both hold, or the evaluation row's text
 
 
 class OverlapIndex:

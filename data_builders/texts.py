@@ -1,10 +1,10 @@
 """The text of a row of any kind: what somebody was asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from alignment.errors import UserError, did_you_mean
-from alignment.rows import Row, first_rows
+from alignment.rows import Row, first_rows, located_rows
 
 COLUMNS = ("messages", "prompt", "question", "problem", "text")
 Turns = Literal["user", "all"]
@@ -27,6 +27,11 @@ def row_text(row: Row, where: str, column: str | None = None, turns: Turns = "us
             return _of_turns(messages, turns)
         case other:
             raise UserError(f"{where}: {name!r} must be a text or a list of {{role, content}}, found {other!r:.60}")
+
+
+def texts(source: str, column: str | None = None, turns: Turns = "user") -> Iterator[str]:
+    """The texts of all rows."""
+    return (row_text(row, where, column, turns) for where, row in located_rows(source))
 
 
 def check_texts(source: str, column: str | None = None, turns: Turns = "user") -> None:

@@ -74,14 +74,17 @@ class Pool:
         config: RequestsConfig,
         examine: Callable[[Server], Awaitable[None]],
         key: str | None = None,
+        check: Callable[[Server], Awaitable[None]] | None = None,
     ) -> None:
         """`examine` decides whether a server may be asked: it raises a Fault, or a UserError with the reason.
 
         `key` is sent with every request; None: the one in the environment variable that `config` names, if any.
+        `check` is the health check, which raises the same; None: GET /health.
         """
         self.faults: Counter[str] = Counter()  # "kind address" -> how often
         self.servers = [Server(address, asyncio.Semaphore(config.concurrency)) for address in addresses]
         self._config, self._examine = config, examine
+        self._check = check or self._ask_health
         self._key = key or os.environ.get(config.key_variable)
         self._some_up = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
@@ -295,13 +298,16 @@ class Pool:
                 await self._readmit(server)
                 continue
             try:
-                await self.get(server, "/health")
+                await self._check(server)
                 server.strikes = 0
             except (Fault, UserError) as error:
                 server.strikes += 1
                 refused = isinstance(error, Fault) and error.kind == "connection"
                 if refused or server.strikes >= STRIKES:
-                    await self._take_down(server, f"/health: {error}")
+                    await self._take_down(server, f"health: {error}")
+
+    async def _ask_health(self, server: Server) -> None:
+        await self.get(server, "/health")
 
     async def _readmit(self, server: Server) -> None:
         try:

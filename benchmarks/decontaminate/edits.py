@@ -144,6 +144,23 @@ def reworded(text: str, draw: random.Random) -> str:
     return text
 
 
+# Free paraphrases: few runs of three words are left
+
+
+FILLERS = {
+    "the": "that", "a": "one", "and": "as well as", "of": "out of", "to": "in order to", "for": "in return for",
+    "in": "within", "with": "along with", "is": "happens to be", "are": "happen to be", "if": "provided that",
+    "at": "over at", "on": "upon", "then": "after that", "per": "for each", "his": "his own", "her": "her own",
+    "they": "these people", "when": "as soon as", "but": "although", "that": "which", "by": "by way of",
+}  # fmt: skip
+FILLER = re.compile(r"\b(" + "|".join(FILLERS) + r")\b")
+
+
+def paraphrased(text: str, draw: random.Random) -> str:
+    """Other words for the small ones and for many of the others, the question first."""
+    return question_first(FILLER.sub(lambda found: FILLERS[found.group()], synonyms(text, draw)), draw)
+
+
 # Unrelated, with what the questions of a benchmark have in common
 
 

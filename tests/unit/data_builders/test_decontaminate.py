@@ -1,15 +1,18 @@
 """The job: every row stays or goes with its evidence, whatever the processes."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from alignment.errors import UserError
 from alignment.rows import Row, read_rows, write_rows
 from data_builders import decontaminate
-from data_builders.config import DecontaminateConfig
+from data_builders.config import DecontaminateConfig, EmbeddingConfig
+from data_builders.embeddings import Embedded
 
 THINGS = ["apples", "boats", "coins", "doors", "eggs", "flags", "gates", "hats", "irons", "jars"]
 
@@ -76,3 +79,30 @@ def test_a_row_without_text_is_named(config: DecontaminateConfig, tmp_path: Path
     with pytest.raises(UserError, match=r"rows\.jsonl:2: row has no column any of messages"):
         decontaminate.run(config)
     assert not (config.output_dir / "rows.jsonl").exists()
+
+
+def test_what_means_the_same_goes_with_its_cosine(
+    config: DecontaminateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vectors in place of a model: row 3 is near evaluation row "5", row 7 is found by its words first."""
+    held_out = [question(7), question(12), question(31).replace("trades", "swaps")]
+    vector = {text: np.eye(8)[i] for i, text in enumerate(held_out)}
+    vector[question(3)] = (0.95 * np.eye(8)[2] + np.sqrt(1 - 0.95**2) * np.eye(8)[6]).round(6)
+
+    def embedded(texts: Iterable[str], config: EmbeddingConfig) -> Embedded:
+        vectors = np.array([vector.get(text, np.eye(8)[5]) for text in texts])
+        return Embedded(vectors.astype(np.float32), np.zeros(len(vectors), dtype=np.bool_))
+
+    monkeypatch.setattr(decontaminate, "embedded", embedded)
+    embedding = {"model": "org/name", "similarity": 0.94}
+    config = DecontaminateConfig.model_validate(config.model_dump() | {"embedding": embedding, "renumbered": 1.0})
+    decontaminate.run(config)
+    rejects = {row["id"]: row["contamination"] for row in read_rows(config.output_dir / "rejects.jsonl")}
+    assert {name: found["method"] for name, found in rejects.items()} == {
+        "r3": "embedding", "r7": "exact", "r12": "exact"
+    }  # fmt: skip
+    assert rejects["r3"] == {
+        "source": "b", "id": "5", "text": held_out[2], "method": "embedding", "share": 0.95, "evidence": held_out[2]
+    }  # fmt: skip
+    metrics = json.loads((config.output_dir / "metrics.json").read_text())
+    assert (metrics["dropped.embedding"], metrics["found.b"], metrics["embedding.truncated"]) == (1, 1, 0)
