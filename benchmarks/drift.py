@@ -87,7 +87,8 @@ def detected(found: Sequence[Window], ks: Sequence[float]) -> dict[str, bool]:
     """Whether the last window is found: by all tests together, by each alone, by the peer; each held to the level."""
     alone = {name: holm([window.tests[name].p for window in found])[-1] for name in CONFIG.tests}
     peer = holm([min(1.0, p * DIMENSIONS) for p in ks])[-1]
-    return {"all": found[-1].drifted} | {name: p <= CONFIG.level for name, p in {**alone, "ks": peer}.items()}
+    hits: dict[str, bool] = {name: p <= CONFIG.level for name, p in alone.items()}
+    return {"all": found[-1].drifted, **hits, "ks": peer <= CONFIG.level}
 
 
 def power(shifts: Sequence[float], name: str, number: int) -> list[dict[str, float]]:

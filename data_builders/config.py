@@ -203,13 +203,6 @@ class DeduplicateConfig(JobConfig):
     workers: int | None = Field(None, ge=1, description="processes that hash; default: one for each core")
 
 
-class EmbeddingConfig(Config):
-    """Stand-in until the embeddings part is merged, which has it above: drop this one then."""
-
-    model: str
-    cache: Path = Path("runs/cache/embeddings")
-
-
 class UsageConfig(Config):
     """Rows of usage, and where their texts lie."""
 

@@ -26,6 +26,7 @@ from data_builders import usage
 from data_builders.config import DriftConfig
 from data_builders.drift_picture import draw
 from data_builders.drift_tests import Clusters, Usage, Window, check_permutations, examine, level_of_one, moved
+from data_builders.embeddings import embedding_inputs
 from data_builders.texts import row_text
 from data_builders.usage import Numbers, Rows
 
@@ -63,7 +64,7 @@ class Stream:
 
 def run(config: DriftConfig) -> None:
     vectors = [source.vectors for source in (config.reference, config.stream) if source.vectors is not None]
-    inputs = local_inputs(config.reference.rows, config.stream.rows, *vectors)
+    inputs = local_inputs(config.reference.rows, config.stream.rows, *vectors) + embedding_inputs(config.embedding)
     with job.Job.open("data_builders.drift", config, inputs) as this:
         if this.done:
             return

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from alignment.errors import UserError, did_you_mean
 from alignment.progress import track
 from alignment.rows import Row, count_rows, first_rows, located_rows
-from data_builders.config import DriftConfig, EmbeddingConfig, UsageConfig
+from data_builders.config import DriftConfig, UsageConfig
+from data_builders.embeddings import check_embedding, embed
 from data_builders.texts import check_texts, row_text
 
 Numbers = NDArray[np.int64]
@@ -59,6 +60,8 @@ def read(config: DriftConfig, source: UsageConfig, timed: bool) -> Rows:
 
 def check(config: DriftConfig) -> None:
     """Refuse, for a dry run, first rows that `read` would refuse, and vectors that cannot be read."""
+    if config.embedding is not None:
+        check_embedding(config.embedding)
     for source, timed in ((config.reference, False), (config.stream, True)):
         if source.vectors is None:
             check_texts(source.rows, config.column, config.turns)
@@ -105,7 +108,7 @@ def load_vectors(source: UsageConfig) -> NDArray[np.floating[Any]]:
 def _vectors(config: DriftConfig, source: UsageConfig, texts: list[str]) -> NDArray[np.floating[Any]]:
     if source.vectors is None:
         assert config.embedding is not None, "the config asks for it"
-        return embed_texts(texts, config.embedding)
+        return embed(texts, config.embedding)
     vectors_ND = load_vectors(source)
     if len(vectors_ND) != len(texts):
         raise UserError(f"{source.vectors}: {len(vectors_ND)} vectors, but {source.rows} holds {len(texts)} rows")
@@ -113,12 +116,6 @@ def _vectors(config: DriftConfig, source: UsageConfig, texts: list[str]) -> NDAr
     if not finite_N.all():
         raise UserError(f"{source.vectors}: vector {int(finite_N.argmin())} is not finite")
     return vectors_ND
-
-
-def embed_texts(texts: list[str], embedding: EmbeddingConfig) -> NDArray[np.floating[Any]]:
-    from data_builders.embeddings import embed
-
-    return embed(texts, embedding)
 
 
 def _value(row: Row, column: str, where: str) -> Any:

@@ -167,8 +167,8 @@ def test_texts_without_vectors_are_embedded(rows: list[Row], tmp_path: Path, mon
         asked.extend(texts)
         return np.array([4 * np.eye(8)[int(text[-1])] + 0.1 * np.sin(i + np.arange(8)) for i, text in enumerate(texts)])
 
-    monkeypatch.setattr(usage, "embed_texts", embed)
-    settings = config(tmp_path, embedding={"model": "some"}, **{
+    monkeypatch.setattr(usage, "embed", embed)
+    settings = config(tmp_path, embedding={"model": "org/some"}, **{
         name: {"rows": str(tmp_path / f"{name}.jsonl")} for name in ("reference", "stream")
     })  # fmt: skip
     drift.run(settings)
