@@ -134,19 +134,30 @@ def merge_folders(base: str, adapter: Path, out: Path) -> Gap:
 
 
 def _with_adapter(base: ModelConfig, adapter: Path) -> PeftModel:
+    check_adapter_folder(adapter)
+    model = models.load_pretrained(AutoModelForCausalLM, base, dtype=getattr(torch, base.dtype))
+    return put_on(model, adapter, str(base.path)).eval()
+
+
+def check_adapter_folder(adapter: Path) -> None:
     if not (adapter / WEIGHTS).is_file():
         raise UserError(f"{adapter}: not an adapter folder: it has no {WEIGHTS}")
-    model = models.load_pretrained(AutoModelForCausalLM, base, dtype=getattr(torch, base.dtype))
+
+
+def put_on(model: PreTrainedModel, adapter: Path, base: str, *, trainable: bool = False) -> PeftModel:
+    """`model` with an adapter's weights on it, every one of them accounted for; `base` names it in messages.
+
+    Raises:
+        UserError: the adapter cannot be read or is not one of this model.
+    """
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (*models.UNREADABLE, RuntimeError) as error:
-        raise UserError(f"{adapter}: not an adapter of {base.path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{adapter}: not an adapter of {base}: {str(error).splitlines()[0]}") from None
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if other := expected.keys() ^ load_file(adapter / WEIGHTS).keys():
-        raise UserError(
-            f"{adapter}: not an adapter of {base.path}: missing or left over: {', '.join(sorted(other)[:3])}"
-        )
-    return adapted.eval()
+        raise UserError(f"{adapter}: not an adapter of {base}: missing or left over: {', '.join(sorted(other)[:3])}")
+    return adapted
 
 
 def _with_tokenizer(base: ModelConfig, adapter: Path) -> ModelConfig:

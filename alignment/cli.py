@@ -22,6 +22,8 @@ inspect = typer.Typer(
     "their tokens, or at stored samples.",
 )
 app.add_typer(inspect, name="inspect")
+shelf = typer.Typer(no_args_is_help=True, help="An adapter's versions, as sft.update_adapter writes them.")
+app.add_typer(shelf, name="adapters")
 
 Overrides = Annotated[
     list[str] | None,
@@ -131,6 +133,37 @@ def doctor() -> None:
         Console().print(checks.table(found))
         if wrong := [check.name for check in found if check.status == "wrong"]:
             raise UserError(f"not ready: {', '.join(wrong)}; the remedies stand above")
+
+    _end(command)
+
+
+@shelf.command("list")
+def list_versions(folder: Annotated[Path, typer.Argument(metavar="SHELF", help="a folder of versions")]) -> None:
+    """The versions of an adapter, and which of them is in use."""
+
+    def command() -> None:
+        from alignment import versions
+
+        now = versions.current(folder)
+        for one in versions.versions(folder):
+            mark = "*" if now is not None and one.number == now.number else " "
+            typer.echo(f"{mark} {one.number:>3}  {one.hash}  parent {one.parent or '-'}  from {one.facts['from']}")
+
+    _end(command)
+
+
+@shelf.command()
+def rollback(
+    folder: Annotated[Path, typer.Argument(metavar="SHELF", help="a folder of versions")],
+    to: Annotated[int | None, typer.Option(metavar="N", help="default: the one it was made from")] = None,
+) -> None:
+    """Use an earlier version of an adapter again, its weights checked; nothing is deleted."""
+
+    def command() -> None:
+        from alignment import versions
+
+        chosen = versions.rollback(folder, to)
+        typer.echo(f"{folder}: version {chosen.number} is in use again ({chosen.hash})")
 
     _end(command)
 

@@ -9,6 +9,8 @@ from alignment.config import Config, EngineConfig, JobConfig, RequestsConfig, Sa
 from alignment.questions import QuestionSet
 from alignment.rows import is_hub_id
 
+SPAN = r"[1-9]\d*[hdw]"  # of time
+
 
 class SynthesizeConfig(JobConfig):
     """Multilingual shopping arithmetic; the four training sets share no problem with each other or the held-out one."""
@@ -384,3 +386,80 @@ class SelectConfig(JobConfig):
     @property
     def cluster_candidates(self) -> list[int]:
         return [self.clusters] if isinstance(self.clusters, int) else self.clusters
+
+
+class UsageConfig(Config):
+    """Rows of usage, and where their texts lie."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows of any kind")
+    vectors: Path | None = Field(
+        None, description="an .npy file [rows, dimensions], a line for each row; default: embedded by `embedding`"
+    )
+
+
+class PerformanceConfig(Config):
+    """How well the model did on each row: whether it was right, a score, a loss."""
+
+    column: str = Field(description="a number or true or false in every row of reference and stream")
+    better: Literal["higher", "lower"] = "higher"
+    pair: str | None = Field(
+        None, description="a column, as id, that names the same question in both: then differences are tested"
+    )
+
+
+class TriggerConfig(Config):
+    """What raises an alarm."""
+
+    by: Literal["drift", "performance", "both", "either"] = "drift"
+    minimum_shift: float = Field(
+        0.0, ge=0, le=1, description="share of a window's rows, beyond chance, that went to other clusters, at least"
+    )
+    minimum_fall: float = Field(0.0, ge=0, description="fall of the mean performance, at least, in its own units")
+
+
+class DriftConfig(JobConfig):
+    """Windows of usage against a reference; see data_builders.drift."""
+
+    reference: UsageConfig
+    stream: UsageConfig
+    column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
+    turns: Literal["user", "all"] = Field("user", description="which messages are embedded")
+    embedding: EmbeddingConfig | None = Field(None, description="how texts are embedded that come without vectors")
+    time: str | None = Field(
+        None, description="a column with ISO 8601 times or seconds since 1970; default: the order of the rows"
+    )
+    window: int | str = Field(1000, description="rows of a window, or its span in hours, days or weeks: 12h, 1d, 2w")
+    minimum_rows: int = Field(100, ge=20, description="windows of fewer rows are not tested")
+    clusters: int = Field(32, ge=2, description="K-means clusters, found on one half of the reference")
+    tests: list[Literal["mmd", "classifier", "jensen_shannon"]] = Field(
+        ["mmd", "classifier", "jensen_shannon"], min_length=1
+    )
+    level: float = Field(0.05, gt=0, lt=1, description="chance that a stream like the reference raises any alarm")
+    permutations: int = Field(4999, ge=99, description="of each test")
+    block: int = Field(500, ge=20, description="rows of each side in a block of the mmd")
+    performance: PerformanceConfig | None = None
+    trigger: TriggerConfig = TriggerConfig()
+    rows_to_add: int = Field(1000, ge=1, description="rows drawn from the clusters that grew, at most")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.trigger.by != "drift" and self.performance is None:
+            raise ValueError(f"trigger.by: {self.trigger.by} needs 'performance'")
+        if self.embedding is None and None in (self.reference.vectors, self.stream.vectors):
+            raise ValueError("give 'embedding', or 'vectors' of both reference and stream")
+        if len(set(self.tests)) < len(self.tests):
+            raise ValueError("tests: one is given twice")
+        return self
+
+    @field_validator("window")
+    @classmethod
+    def _rows_or_span(cls, window: int | str) -> int | str:
+        if re.fullmatch(SPAN if isinstance(window, str) else r"[1-9]\d*", str(window)) is None:
+            raise ValueError("expected a number of rows or a span such as 12h, 1d or 2w")
+        return window
+
+    @model_validator(mode="after")
+    def _time_of_a_span(self) -> Self:
+        if isinstance(self.window, str) and self.time is None:
+            raise ValueError(f"window: {self.window} needs 'time', the column with the rows' times")
+        return self

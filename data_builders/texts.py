@@ -52,8 +52,7 @@ def answer_text(row: Row, where: str, column: str | None = None) -> str:
     """
     if column is not None:
         return row_text(row, where, column, "all")
-    messages = row.get("messages")
-    answers = [m.get("content") or "" for m in messages if m.get("role") == "assistant"] if isinstance(messages, list) else []
-    if not answers:
+    text = row_text(row, where, "messages", "assistant") if "messages" in row else ""
+    if not text:
         raise UserError(f"{where}: row has no assistant's turn in 'messages'; name the column of its answer")
-    return "\n".join(answers)
+    return text

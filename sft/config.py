@@ -186,3 +186,73 @@ class MixtureSweepConfig(JobConfig):
     def folder(self, share: float, seed: int) -> Path:
         """Where a run and what is measured of it lie."""
         return self.output_dir / (f"share_{share:g}" + (f"_seed_{seed}" if self.seeds > 1 else ""))
+
+
+class PastConfig(Config):
+    """What the adapter was trained on."""
+
+    rows: str = Field(description="a file, a folder or a hub id of rows with `messages`")
+    by: str | None = Field(
+        None, description="a column, as cluster or language, whose values keep their shares in what is drawn"
+    )
+
+
+class ReplayConfig(Config):
+    """Past rows that are trained on again."""
+
+    share: float = Field(0.05, ge=0, le=1, description="of the past rows; 0 for none")
+    weight: float = Field(0.1, ge=0, description="beta, of their mean loss")
+
+
+class EWCConfig(Config):
+    """Elastic weight consolidation; see sft.ewc."""
+
+    weight: float = Field(2.0, ge=0, description="lambda; 0 turns it off")
+    rows: int = Field(256, ge=1, description="past rows that the Fisher information is taken from, at most")
+
+
+class GateConfig(Config):
+    """Held-out rows that decide whether an update is accepted; see sft.gate."""
+
+    old: str = Field(description="a file, a folder or a hub id of held-out rows with `messages`, like the past ones")
+    by: str | None = Field(None, description="a column, as cluster or language: no value of it may lose too much")
+    new: str = Field(description="held-out rows like the new ones")
+    limit: float = Field(
+        0.02, ge=0, description="largest rise of the mean loss in any group of old rows, in nats a token (0.02: 2%)"
+    )
+
+
+class UpdateConfig(JobConfig):
+    """An adapter trained on for new rows, without losing what it knows."""
+
+    model: ModelConfig
+    shelf: Path = Field(description="a folder of the adapter's versions; see alignment.versions")
+    adapter: Path | None = Field(
+        None, description="the adapter to start from; needed where the shelf is empty; default: the version in use"
+    )
+    rows: str = Field(description="new rows with `messages`: a file, a folder or a hub id")
+    past: PastConfig
+    replay: ReplayConfig = ReplayConfig()
+    ewc: EWCConfig = EWCConfig()
+    gate: GateConfig
+    prepare: PrepareConfig = PrepareConfig()
+    packing: PackingConfig = PackingConfig()
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _base_of_the_adapter(self) -> Self:
+        if self.model.path is None:
+            raise ValueError("model: an adapter needs its base, 'model.path'; a preset's weights are random")
+        return self
+
+    def training_on(self, rows: str) -> SFTConfig:
+        """The config of packed training on these rows alone."""
+        return SFTConfig(
+            output_dir=self.output_dir,
+            seed=self.seed,
+            model=self.model,
+            sources=[SourceConfig(rows=rows)],
+            prepare=self.prepare,
+            packing=self.packing,
+            training=self.training,
+        )

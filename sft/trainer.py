@@ -51,9 +51,12 @@ class SummedLossTrainer(SFTTrainer):
     ) -> Any:
         if return_outputs or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        nll = model(**inputs, summed_loss=True).loss if self._sums else self._fused_nll(model, inputs)
+        nll = self._nll(model, inputs)
         # DDP and DeepSpeed average gradients over the ranks. A step of fillers alone has no labels.
         return nll * self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1)
+
+    def _nll(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        return model(**inputs, summed_loss=True).loss if self._sums else self._fused_nll(model, inputs)
 
     def _fused_nll(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         return -cast(torch.Tensor, model(**inputs, fused_lm_head=True).log_probs).float().sum()
