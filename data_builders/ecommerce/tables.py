@@ -206,11 +206,11 @@ def _ditto(path: str) -> Iterator[tuple[str, Row]]:
 def _ditto_products(path: str) -> Iterator[tuple[str, Row]]:
     seen: set[tuple[tuple[str, str], ...]] = set()
     for place, pair in _ditto(path):
-        for side in (pair["left"], pair["right"]):
-            key = tuple(side.items())
+        for side in ("left", "right"):
+            key = tuple(pair[side].items())
             if key not in seen:
                 seen.add(key)
-                yield place, side
+                yield f"{place} {side}", pair[side]
 
 
 @contextmanager

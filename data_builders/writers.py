@@ -1,0 +1,108 @@
+"""Texts that a model writes, one for each question, kept on disk so that a resumed job asks for none a second time.
+
+The model is a folder, sampled by vLLM in this process or by the project's servers, or a name at OpenAI-compatible
+servers. Questions lie in the sample store (alignment.rollout), so texts belong to the model and settings that made them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment import models
+from alignment.config import ModelConfig
+from alignment.errors import UserError
+from alignment.evaluate import check_room
+from alignment.progress import track
+from alignment.rollout import open_engine, place
+from alignment.rollout.chat_servers import ChatServers, sample_chat
+from alignment.rollout.sampling import Chunk, sample
+from alignment.rollout.store import Completion
+from alignment.rows import Row
+from alignment.thinking import Fault, Thought, parse
+from data_builders.config import WriterConfig
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote; where that is not a whole text, `fault` says why."""
+
+    text: str
+    fault: str | None = None
+
+    @property
+    def spoken(self) -> "Written":
+        """Without its thinking."""
+        match parse(self.text):
+            case Thought(summary=summary):
+                return Written(summary, self.fault)
+            case Fault(reason="no thinking"):
+                return Written(self.text.strip(), self.fault or ("empty" if not self.text.strip() else None))
+            case Fault(reason=reason):
+                return Written("", self.fault or reason)
+
+
+def write(
+    writer: WriterConfig, questions: Mapping[str, Messages], folder: Path, seed: int, label: str
+) -> dict[str, Written]:
+    """A text for each question (id -> conversation), by id; asked are those that `folder` does not hold yet."""
+    if not questions:
+        return {}
+    rows: list[Row] = [{"id": name, "prompt": messages} for name, messages in questions.items()]
+    found: dict[str, Written] = {}
+    with _sampled(writer, rows, folder, seed) as chunks:
+        for chunk in track(chunks, len(rows), label, lambda chunk: len(chunk.prompts)):
+            for row, samples in zip(chunk.prompts, chunk.samples, strict=True):
+                found[row["id"]] = _written(samples)
+    return found
+
+
+def check_writer(writer: WriterConfig, key: str) -> str:
+    """Refuse, for a dry run, a model that cannot be asked; returns where it will be, in words.
+
+    Raises:
+        UserError: neither a model folder nor servers, or no room for a question.
+    """
+    if _is_folder(writer):
+        models.check_model(ModelConfig(path=writer.model))
+        check_room(writer.engine, writer.sampling)
+        return f"{writer.model} {place(writer.engine)}"
+    if not writer.engine.endpoints:
+        raise UserError(
+            f"{key}.model: {writer.model!r} is no model folder, and {key}.engine.endpoints names no server that serves "
+            "a model of this name"
+        )
+    return f"{writer.model} {place(writer.engine)}"
+
+
+@contextmanager
+def _sampled(writer: WriterConfig, rows: Sequence[Row], folder: Path, seed: int) -> Iterator[Iterator[Chunk]]:
+    engine = writer.engine
+    if _is_folder(writer):
+        tokenizer = models.load_tokenizer(ModelConfig(path=writer.model))
+        with open_engine(Path(writer.model), engine, writer.dtype) as sampler:
+            yield sample(
+                sampler, tokenizer, rows, folder, writer.sampling, seed=seed, chunk_prompts=engine.chunk_prompts
+            )
+        return
+    with ChatServers(writer.model, engine.endpoints, engine.requests, {}) as servers:
+        yield sample_chat(servers, rows, folder, writer.sampling, seed=seed, chunk_prompts=engine.chunk_prompts)
+
+
+def _is_folder(writer: WriterConfig) -> bool:
+    return Path(writer.model).is_dir()
+
+
+def _written(samples: Sequence[Completion] | None) -> Written:
+    if samples is None:
+        return Written("", "question too long")
+    [one] = samples
+    match one.finish_reason:
+        case "stop":
+            return Written(one.text)
+        case "length":
+            return Written(one.text, "cut off")
+        case _:
+            return Written("", "refused by the server")
