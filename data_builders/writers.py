@@ -1,7 +1,7 @@
 """Texts that a model writes, one for each question, kept on disk so that a resumed job asks for none a second time.
 
 The model is a folder, sampled by vLLM in this process or by the project's servers, or a name at OpenAI-compatible
-servers. Questions lie in the sample store (alignment.rollout), so texts belong to the model and settings that made them.
+servers. The texts lie in the sample store (alignment.rollout), so each belongs to the model and settings that made it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@ from alignment.fingerprint import text_hash
 from alignment.rows import Row
 from data_builders.ecommerce.families import Task
 from data_builders.ecommerce.parts import Draw, Parts
-from data_builders.ecommerce.tables import Record, Tables
+from data_builders.ecommerce.tables import Product, Record, Tables
 from data_builders.ecommerce.wordings import Words, slots, words_of
 from data_builders.synthesis.locales import Language
 
@@ -65,7 +65,7 @@ def quotas(total: int, shares: Mapping[Cell, float]) -> dict[Cell, int]:
 def draw_drafts(
     tables: Tables, tasks: Sequence[Task], cell: Cell, count: int, *, seed: int, cross_lingual: bool
 ) -> list[Draft]:
-    """At most `count` drafts of one cell: its tasks in turns, each over its table's rows in a drawn order, each row once.
+    """At most `count` drafts of one cell: its tasks in turns, each over its table's rows in a drawn order, a row once.
 
     A cell's drafts depend on the tables, the tasks, the seed and the cell alone.
     """
@@ -117,6 +117,10 @@ def _draft(task: Task, draw: Draw, row: Record, parts: Parts, name: str) -> Draf
         kept=tuple(sorted(parts.slots[name] for name in slots(ask))),
         answer=parts.answer,
         options=parts.options,
-        sources=tuple(dict.fromkeys([row.place, *(other.place for other in parts.used)])),
+        sources=tuple(dict.fromkeys(map(_source, [row, *parts.used]))),
         reasoning=None if words.think is None else words.think.format(**parts.slots),
     )
+
+
+def _source(row: Record) -> str:
+    return row.id if isinstance(row, Product) and row.id is not None else row.place

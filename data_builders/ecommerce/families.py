@@ -72,7 +72,12 @@ TASKS: tuple[Task, ...] = (
     _task("numerical_reasoning", "products", "title price", arithmetic.discount),
     _task("numerical_reasoning", "products", "title price", arithmetic.change),
     _task(
-        "information_generation", "products", "title description language", products.described, "description", native=True
+        "information_generation",
+        "products",
+        "title description language",
+        products.described,
+        "description",
+        native=True,
     ),
     _task("information_generation", "products", "title", products.shown, "advertisement", written=True),
     _task("product_questions", "products", "title price", products.under_budget),
@@ -88,7 +93,7 @@ TASKS: tuple[Task, ...] = (
     _task("query_rewriting", "products", "title category price", products.filters),
     _task("dialogue_understanding", "products", "title price", arithmetic.order_total),
     _task("dialogue_understanding", "products", "title price", arithmetic.order),
-)  # fmt: skip
+)
 
 
 def tasks_for(columns: Mapping[str, Sequence[set[str]]], written: bool) -> list[Task]:
@@ -120,7 +125,9 @@ def shares_of(
     wanted = SHARES if given is None else given
     for family, share in (given or {}).items():
         if share > 0 and family not in possible:
-            raise UserError(f"families.{family}: the tables do not hold what it needs: {missing(family, columns, written)}")
+            raise UserError(
+                f"families.{family}: the tables do not hold what it needs: {missing(family, columns, written)}"
+            )
     shares = {family: share for family, share in wanted.items() if family in possible and share > 0}
     if not shares:
         raise UserError("tables: they hold what no family needs; see docs/multilingual.md for the columns of each")

@@ -9,7 +9,7 @@ def same_product(draw: Draw, pair: Pair) -> Parts | None:
     return Parts({}, block, outcome(pair.label))
 
 
-def pair_as_query(draw: Draw, pair: Pair) -> Parts | None:
+def pair_as_query(_draw: Draw, pair: Pair) -> Parts | None:
     """One listing's name is searched for, the other is found."""
     return Parts({"query": name_of(pair.left)}, listing(pair.right), outcome(pair.label))
 

@@ -24,7 +24,7 @@ def brand(draw: Draw, product: Product) -> Parts | None:
 def brand_range(draw: Draw, product: Product) -> Parts | None:
     brand = product.brand
     assert brand is not None
-    others = draw.products(lambda p: p.brand is not None and not same(p.brand, brand), 2)
+    others = draw.products(lambda p: p.brand is not None and not _alike(p.brand, brand), 2)
     if others is None:
         return None
     more = draw.products(lambda p: same(p.brand, brand) and p.title.casefold() != product.title.casefold(), 1) or []
@@ -126,7 +126,7 @@ def is_brand(draw: Draw, product: Product) -> Parts | None:
     assert brand is not None
     if draw.rng.random() < 0.5:
         return Parts({"asked": brand, "brand": brand}, draw.card(product), "right")
-    others = draw.products(lambda p: p.brand is not None and not same(p.brand, brand), 1)
+    others = draw.products(lambda p: p.brand is not None and not _alike(p.brand, brand), 1)
     if others is None or others[0].brand is None or _names(product.title, others[0].brand):
         return None
     return Parts({"asked": others[0].brand, "brand": brand}, draw.card(product), "wrong", used=others)
@@ -146,7 +146,7 @@ def not_stated(draw: Draw, product: Product) -> Parts | None:
 
 def typos(draw: Draw, product: Product) -> Parts | None:
     """The first words of the title, two of them misspelt."""
-    words = re.sub(r"[^\w\s.-]", " ", product.title.casefold()).split()[:SEARCH_WORDS]
+    words = re.findall(r"\w[\w.-]*", product.title.casefold())[:SEARCH_WORDS]
     places = [place for place, word in enumerate(words) if NOISY.fullmatch(word)]
     if not places:
         return None
@@ -163,7 +163,9 @@ def filters(draw: Draw, product: Product) -> Parts | None:
     budget = round_up(product.price)
     slots = {"category": product.category, "budget": draw.words.money(budget, product.currency)}
     request = f"{draw.words.words['request']}: {draw.words.words['wanted'].format(**slots)}"
-    found = {"category": product.category, "max_price": _number(budget)}
+    found: dict[str, str | int | float] = {"category": product.category, "max_price": _number(budget)}
+    if product.currency is not None:
+        found["currency"] = product.currency
     return Parts({"json": _json(found)}, f"{request}\n\n{draw.as_json(found)}")
 
 
@@ -218,6 +220,11 @@ def _other_categories(draw: Draw, category: str, count: int) -> list[str] | None
         if len(names) == count:
             return list(names.values())
     return None
+
+
+def _alike(a: str, b: str) -> bool:
+    """Whether two names of brands share a word, as `topics entertainment` and `topics-entertainment` do."""
+    return not set(re.findall(r"\w{3,}", a.casefold())).isdisjoint(re.findall(r"\w{3,}", b.casefold())) or same(a, b)
 
 
 def _names(text: str, value: str) -> bool:

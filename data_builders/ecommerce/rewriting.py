@@ -28,7 +28,7 @@ NAMES = {
 }
 PROMPT = """\
 Rewrite the instruction below {manner}. Write in {language}, as a native speaker would. Keep its meaning, and keep \
-every number, brand and product name letter by letter. Do not answer it. Give the rewritten instruction and nothing else.
+every number, brand and product name letter by letter. Do not answer it. Give the rewritten instruction alone.
 
 {ask}"""
 LONGEST = 4  # times the letters of the original, and a line more

@@ -1,7 +1,7 @@
 """Tables of products, reviews, pairs and queries: CSV, JSONL, Parquet, and product pairs in Ditto's format.
 
 Ditto's format (Li et al. 2020, arXiv 2004.00584) has a pair a line: `COL name VAL value ...`, the other product, and 1
-or 0, parted by tabs. As a table of products it gives each product once.
+or 0, parted by tabs. As a table of products it gives both sides.
 """
 
 import csv
@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from itertools import islice
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 REQUIRED = {"products": 1, "reviews": 1, "pairs": 3, "queries": 3}  # so many of the first
 DELIMITED = {".csv": ",", ".csv.gz": ",", ".tsv": "\t", ".tsv.gz": "\t"}
 DITTO = (".txt", ".txt.gz")
-DITTO_FIELD = re.compile(r"COL (\S+) VAL (.*?)(?= COL \S+ VAL |$)")
+DITTO_FIELD = re.compile(r"(?:^|\s)COL (\S+) VAL(?=\s|$)")
 LABELS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 SENTIMENTS = {name: name for name in ("positive", "negative", "neutral")} | {"pos": "positive", "neg": "negative"}
 SENTIMENTS |= {"neu": "neutral"}
@@ -48,12 +48,13 @@ class Product:
     place: str
     title: str
     brand: str | None = None
-    price: Decimal | None = None
+    price: Decimal | None = None  # above 0, in whole cents
     currency: str | None = None
     category: str | None = None
     description: str | None = None
     attributes: dict[str, str] = field(default_factory=dict)
     language: str | None = None
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,14 @@ class Tables:
 
 
 def read_tables(config: TablesConfig) -> Tables:
-    """Every row of every table, read into memory.
+    """Every row of every table, read into memory; a product that several rows repeat counts once.
 
     Raises:
         UserError: a column that the table lacks, or a value that is not what the column holds (place and column named).
     """
+    products = _all(config.products, "products", _product)
     return Tables(
-        products=_all(config.products, "products", _product),
+        products=list({repr(replace(product, place="")): product for product in reversed(products)}.values())[::-1],
         reviews=_all(config.reviews, "reviews", _review),
         pairs=_all(config.pairs, "pairs", _pair),
         queries=_all(config.queries, "queries", _query),
@@ -189,7 +191,9 @@ def _delimited(path: str) -> Iterator[tuple[str, Row]]:
         reader = csv.DictReader(file, delimiter=delimiter)
         for row in reader:
             if None in row or None in row.values():
-                raise UserError(f"{path}:{reader.line_num}: {len(reader.fieldnames or ())} columns expected, as its head")
+                raise UserError(
+                    f"{path}:{reader.line_num}: {len(reader.fieldnames or ())} columns expected, as its head"
+                )
             yield f"{path}:{reader.line_num}", row
 
 
@@ -199,18 +203,17 @@ def _ditto(path: str) -> Iterator[tuple[str, Row]]:
             parts = [part.strip() for part in line.split("\t")]
             if len(parts) != 3 or not all(DITTO_FIELD.match(part) for part in parts[:2]):
                 raise UserError(f"{path}:{number}: expected `COL name VAL value ...` twice and a label, parted by tabs")
-            left, right = (dict(DITTO_FIELD.findall(part)) for part in parts[:2])
+            left, right = map(_ditto_columns, parts[:2])
             yield f"{path}:{number}", {"left": left, "right": right, "label": parts[2]}
 
 
+def _ditto_columns(text: str) -> dict[str, str]:
+    _, *named = DITTO_FIELD.split(text)
+    return {name: value.strip() for name, value in zip(named[::2], named[1::2], strict=True)}
+
+
 def _ditto_products(path: str) -> Iterator[tuple[str, Row]]:
-    seen: set[tuple[tuple[str, str], ...]] = set()
-    for place, pair in _ditto(path):
-        for side in ("left", "right"):
-            key = tuple(pair[side].items())
-            if key not in seen:
-                seen.add(key)
-                yield f"{place} {side}", pair[side]
+    return ((f"{place} {side}", pair[side]) for place, pair in _ditto(path) for side in ("left", "right"))
 
 
 @contextmanager
@@ -237,6 +240,7 @@ def _product(row: Row, place: str) -> Product | None:
         description=_optional(row["description"]),
         attributes=_attributes(row["attributes"], place),
         language=language,
+        id=_optional(row["id"]),
     )
 
 
