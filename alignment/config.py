@@ -291,13 +291,22 @@ class EngineConfig(Config):
     @field_validator("endpoints")
     @classmethod
     def _addresses(cls, given: list[str]) -> list[str]:
-        addresses = [address.rstrip("/").removesuffix("/v1") for address in given]
-        for address in addresses:
-            parts = urlsplit(address)
-            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-                raise ValueError(f"{address!r} is not an address of a server, as http://host:8000")
-            if parts.username or parts.password:  # a ValueError would be printed with the address
-                raise UserError("engine.endpoints: an address may hold no password: keys come from the environment")
-            if addresses.count(address) > 1:
-                raise ValueError(f"{address!r} is given twice")
-        return addresses
+        return addresses(given)
+
+
+def addresses(given: Sequence[str]) -> list[str]:
+    """Addresses of servers without the `/v1` that many are written with.
+
+    Raises:
+        ValueError: one is none, or is given twice. UserError: one holds a password.
+    """
+    found = [address.rstrip("/").removesuffix("/v1") for address in given]
+    for address in found:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+            raise ValueError(f"{address!r} is not an address of a server, as http://host:8000")
+        if parts.username or parts.password:  # a ValueError would be printed with the address
+            raise UserError("endpoints: an address may hold no password: keys come from the environment")
+        if found.count(address) > 1:
+            raise ValueError(f"{address!r} is given twice")
+    return found

@@ -1,11 +1,11 @@
 """Configuration of the data builders. Imports no torch."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from alignment.config import Config, EngineConfig, JobConfig, SamplingConfig
+from alignment.config import Config, EngineConfig, JobConfig, SamplingConfig, addresses
 from alignment.questions import QuestionSet
 
 
@@ -146,11 +146,82 @@ class DeduplicateConfig(JobConfig):
     workers: int | None = Field(None, ge=1, description="processes that hash; default: one for each core")
 
 
-class WriterConfig(Config):
-    """A model that writes texts."""
+class RolloutsConfig(Config):
+    """Answers of the model that is to learn: the share that is right says how hard a query is for it."""
 
-    model: str = Field(description="a model folder, or the name of a model at the OpenAI-compatible `engine.endpoints`")
+    model: str = Field(description="a model folder")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    mode: Literal["fast", "deep"] | None = Field(
+        None, description="the chat template's thinking switch, off or on; default: not given"
+    )
+    sampling: SamplingConfig = SamplingConfig(n=8)
+    engine: EngineConfig = EngineConfig()
+
+
+class TeacherConfig(Config):
+    """The model whose answers are trained on: a folder for `engine`, or a name at servers of chat completions."""
+
+    model: str = Field(description="a model folder, or with `endpoints` the model's name there")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    endpoints: list[str] = Field([], description="any OpenAI-compatible servers, as http://host:8000")
+    request: dict[str, Any] = Field(
+        default_factory=dict, description="with `endpoints`: more keys of each request; null leaves one out"
+    )
+    enable_thinking: bool | None = Field(
+        True, description="the teacher's chat template is given it; null: it is not, for servers that know none"
+    )
+    system_prompt: str | None = Field(None, description="for the teacher alone; what is trained on has another")
+    sampling: SamplingConfig = SamplingConfig(n=4, max_tokens=8192)
+    engine: EngineConfig = EngineConfig(max_model_len=10240)
+
+    @field_validator("endpoints")
+    @classmethod
+    def _addresses(cls, given: list[str]) -> list[str]:
+        return addresses(given)
+
+    @model_validator(mode="after")
+    def _one_way_to_ask(self) -> Self:
+        if self.endpoints and self.engine.endpoints:
+            raise ValueError("'endpoints' are servers of any kind, 'engine.endpoints' those of a folder: give one")
+        if self.endpoints and self.sampling.thinking_budget is not None:
+            raise ValueError("sampling.thinking_budget: servers of chat completions keep none")
+        if self.request and not self.endpoints:
+            raise ValueError("request: only what is sent to 'endpoints' has further keys")
+        return self
+
+
+class LongCoTConfig(JobConfig):
+    """Rows with thinking before the answer, for the questions that the model sometimes answers."""
+
+    sources: dict[str, SourceConfig] = Field(min_length=1, description="name -> rows with `prompt` and `answer`")
+    rollouts: RolloutsConfig
+    alpha: float = Field(0.1, ge=0, le=1, description="lowest pass rate of a query that is kept")
+    beta: float = Field(0.9, ge=0, le=1, description="highest pass rate of a query that is kept")
+    teacher: TeacherConfig
+    keep: Literal["shortest", "first", "all"] = Field(
+        "shortest", description="of the teacher's good answers to a query"
+    )
+    system_prompts: list[str] | None = Field(
+        None, min_length=1, description='one is drawn for each row; "": none; default: the chat template\'s switch'
+    )
+    languages: list[str] = Field(
+        default=["en", "zh", "id", "ms", "th", "vi", "tl", "pt"],
+        min_length=2,
+        description="languages that queries and summaries may be in",
+    )
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.alpha > self.beta:
+            raise ValueError(f"alpha: {self.alpha} is above beta, {self.beta}")
+        return self
+
+
+class WriterConfig(TeacherConfig):
+    """A model that writes one text for each question."""
+
+    enable_thinking: bool | None = Field(None, description="the chat template is given it; null: it is not")
+    system_prompt: str | None = Field(None, description="stands before what the job itself says in the system turn")
     sampling: SamplingConfig = SamplingConfig(n=1, temperature=0.7, max_tokens=512)
     engine: EngineConfig = EngineConfig(max_model_len=4096)
 

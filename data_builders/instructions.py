@@ -50,7 +50,7 @@ class Drafts:
 
 
 def run(config: InstructionsConfig) -> None:
-    models = [writer.model for writer in writers(config).values() if Path(writer.model).is_dir()]
+    models = [writer.model for writer in writers(config).values() if not writer.endpoints]
     inputs = local_inputs(*(rows for rows in sources(config)), *models)
     with job.Job.open("data_builders.instructions", config, list(dict.fromkeys(inputs))) as this:
         if this.done:
@@ -233,7 +233,7 @@ def plan(config: InstructionsConfig) -> list[str]:
     written = config.mixture_of_agents is not None
     families = list(dict.fromkeys(family for family, _ in wanted))
     off = [f"left out: {family}: {missing(family, held, written)}" for family in SHARES if family not in families]
-    asked = [f"{key}: {check_writer(writer, key)}" for key, writer in writers(config).items()]
+    asked = [f"{key}: {check_writer(writer)}" for key, writer in writers(config).items()]
     return [
         f"{config.rows} rows of {len(families)} families in {', '.join(config.languages)}",
         *(off if config.families is None else []),

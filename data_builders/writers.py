@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alignment import models
 from alignment.config import ModelConfig
-from alignment.errors import UserError
 from alignment.evaluate import check_room
 from alignment.progress import track
 from alignment.rollout import open_engine, place
@@ -50,7 +50,7 @@ def write(
     """A text for each question (id -> conversation), by id; asked are those that `folder` does not hold yet."""
     if not questions:
         return {}
-    rows: list[Row] = [{"id": name, "prompt": messages} for name, messages in questions.items()]
+    rows = [asked(writer, name, messages) for name, messages in questions.items()]
     found: dict[str, Written] = {}
     with _sampled(writer, rows, folder, seed) as chunks:
         for chunk in track(chunks, len(rows), label, lambda chunk: len(chunk.prompts)):
@@ -59,40 +59,40 @@ def write(
     return found
 
 
-def check_writer(writer: WriterConfig, key: str) -> str:
-    """Refuse, for a dry run, a model that cannot be asked; returns where it will be, in words.
+def asked(writer: WriterConfig, name: str, messages: Messages) -> Row:
+    """A question as the model is asked it."""
+    if writer.system_prompt is not None:
+        own = [message["content"] for message in messages if message["role"] == "system"]
+        rest = [message for message in messages if message["role"] != "system"]
+        messages = [{"role": "system", "content": "\n\n".join([writer.system_prompt, *own])}, *rest]
+    switch = {} if writer.enable_thinking is None else {"enable_thinking": writer.enable_thinking}
+    return {"id": name, "prompt": messages, **({"chat_template_kwargs": switch} if switch else {})}
+
+
+def check_writer(writer: WriterConfig) -> str:
+    """Refuse, for a dry run, a model that cannot be asked; returns what is asked, and where, in words.
 
     Raises:
-        UserError: neither a model folder nor servers, or no room for a question.
+        UserError: no such model folder, or no room for a question.
     """
-    if _is_folder(writer):
-        models.check_model(ModelConfig(path=writer.model))
-        check_room(writer.engine, writer.sampling)
-        return f"{writer.model} {place(writer.engine)}"
-    if not writer.engine.endpoints:
-        raise UserError(
-            f"{key}.model: {writer.model!r} is no model folder, and {key}.engine.endpoints names no server that serves "
-            "a model of this name"
-        )
+    if writer.endpoints:
+        return f"{writer.model} by the servers {', '.join(writer.endpoints)}"
+    models.check_model(ModelConfig(path=writer.model))
+    check_room(writer.engine, writer.sampling)
     return f"{writer.model} {place(writer.engine)}"
 
 
 @contextmanager
 def _sampled(writer: WriterConfig, rows: Sequence[Row], folder: Path, seed: int) -> Iterator[Iterator[Chunk]]:
     engine = writer.engine
-    if _is_folder(writer):
-        tokenizer = models.load_tokenizer(ModelConfig(path=writer.model))
-        with open_engine(Path(writer.model), engine, writer.dtype) as sampler:
-            yield sample(
-                sampler, tokenizer, rows, folder, writer.sampling, seed=seed, chunk_prompts=engine.chunk_prompts
-            )
+    options: dict[str, Any] = {"seed": seed, "chunk_prompts": engine.chunk_prompts}
+    if writer.endpoints:
+        with ChatServers(writer.model, writer.endpoints, engine.requests, writer.request) as servers:
+            yield sample_chat(servers, rows, folder, writer.sampling, **options)
         return
-    with ChatServers(writer.model, engine.endpoints, engine.requests, {}) as servers:
-        yield sample_chat(servers, rows, folder, writer.sampling, seed=seed, chunk_prompts=engine.chunk_prompts)
-
-
-def _is_folder(writer: WriterConfig) -> bool:
-    return Path(writer.model).is_dir()
+    tokenizer = models.load_tokenizer(ModelConfig(path=writer.model))
+    with open_engine(Path(writer.model), engine, writer.dtype) as sampler:
+        yield sample(sampler, tokenizer, rows, folder, writer.sampling, **options)
 
 
 def _written(samples: Sequence[Completion] | None) -> Written:

@@ -7,22 +7,20 @@ it draws from the seeds it is given and that it serves the weights of the model 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat
 
 from alignment.closing import Closing
 from alignment.config import EngineConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.fingerprint import weights_hash
 from alignment.models import check_model_folder
-from alignment.rollout.pool import Fault, Pool, Server
+from alignment.rollout.pool import Fault, Pool, Server, read_as
 from alignment.rollout.proof import GATE, Proof, check_shape, mean_gap, mismatch, probe, reference_logprobs, shape_of
 from alignment.rollout.samples import FinishReason, Sample
 from alignment.rollout.seeds import arguments, uniform
-
-M = TypeVar("M", bound=BaseModel)
 
 COMPLETIONS = "/v1/completions"
 # At this temperature every token is as likely as any other: what is drawn shows the random numbers.
@@ -155,7 +153,7 @@ class EndpointEngine(Closing):
         self._pool.close()
 
     def _sample(self, answer: Any, sampling: SamplingConfig, stop: Sequence[int]) -> Sample:
-        [choice] = _read(_Completion, answer).choices
+        [choice] = read_as(_Completion, answer).choices
         ids, logprobs = choice.token_ids, choice.logprobs.token_logprobs
         if not ids or len(ids) != len(logprobs):
             raise Fault("garbage", f"{len(ids)} tokens with {len(logprobs)} log-probabilities")
@@ -171,7 +169,7 @@ class EndpointEngine(Closing):
 
     async def _examine(self, server: Server) -> None:
         await self._pool.get(server, "/health")
-        [served, *_] = _read(_Models, await self._pool.get(server, "/v1/models")).data
+        [served, *_] = read_as(_Models, await self._pool.get(server, "/v1/models")).data
         if served.max_model_len < self.max_model_len:
             raise UserError(
                 f"{server.address}: takes {served.max_model_len} tokens, expected engine.max_model_len "
@@ -209,7 +207,7 @@ class EndpointEngine(Closing):
             "temperature": 0.0,
             "prompt_logprobs": 0,
         }
-        [scored] = _read(_Scores, await self._pool.post(server, COMPLETIONS, body)).choices
+        [scored] = read_as(_Scores, await self._pool.post(server, COMPLETIONS, body)).choices
         try:
             pairs = zip(scored.prompt_logprobs[1:], self._probe[1:], strict=True)
             return [position[token].logprob for position, token in pairs if position is not None]
@@ -239,7 +237,7 @@ class EndpointEngine(Closing):
         try:
             request = {"method": "load_folder", "args": [str(self._loaded)]}
             await self._pool.post(server, "/collective_rpc", request)
-            _read(_Success, await self._pool.post(server, "/reset_prefix_cache", {}))
+            read_as(_Success, await self._pool.post(server, "/reset_prefix_cache", {}))
         except UserError as error:  # 404: the server was not started with what it takes
             raise UserError(f"{error}\nit cannot load new weights; {SERVE} MODEL --reloadable") from None
 
@@ -260,12 +258,3 @@ def _drawn(prompt: Sequence[int], seed: int, sampling: SamplingConfig, stop: Seq
         "return_tokens_as_token_ids": True,  # needs no tokenizer
         "vllm_xargs": arguments(sampling, seed),
     }  # fmt: skip
-
-
-def _read(shape: type[M], answer: Any) -> M:
-    try:
-        return shape.model_validate(answer)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Fault("garbage", f"{place or 'answer'}: {first['msg']}") from None

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
+from pydantic import BaseModel, ValidationError
 
 from alignment.config import RequestsConfig
 from alignment.errors import UserError
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 BROKEN_AFTER = 8  # faults in a row, and a server that calls itself healthy is examined anew
 STRIKES = 3  # health checks that may pass without an answer; one is enough where the connection is refused
@@ -30,6 +32,7 @@ LONGEST_BACKOFF = 30.0
 # Below the 5 s after which vLLM's server closes an idle connection: a request on a connection that closes is lost.
 KEEP_ALIVE_SECONDS = 2.0
 TRY_LATER = (408, 425, 429)
+REFUSED = (400, 413, 422)
 SHOWN = 200  # characters of a server's answer in a message
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,10 @@ class Fault(Exception):
         super().__init__(f"{kind} ({detail})" if detail else kind)
         self.kind = kind
         self.retry_after = retry_after
+
+
+class Refusal(UserError):
+    """A server finds fault with the request itself: neither another try nor another server would help."""
 
 
 @dataclass(eq=False)
@@ -74,14 +81,17 @@ class Pool:
         config: RequestsConfig,
         examine: Callable[[Server], Awaitable[None]],
         key: str | None = None,
+        health: str = "/health",
     ) -> None:
         """`examine` decides whether a server may be asked: it raises a Fault, or a UserError with the reason.
+
+        `health` is what a server that is well answers a GET of.
 
         `key` is sent with every request; None: the one in the environment variable that `config` names, if any.
         """
         self.faults: Counter[str] = Counter()  # "kind address" -> how often
         self.servers = [Server(address, asyncio.Semaphore(config.concurrency)) for address in addresses]
-        self._config, self._examine = config, examine
+        self._config, self._examine, self._health = config, examine, health
         self._key = key or os.environ.get(config.key_variable)
         self._some_up = asyncio.Event()
         self._watches: list[asyncio.Task[None]] = []
@@ -109,15 +119,22 @@ class Pool:
         finally:
             done.cancel()  # where the wait was interrupted
 
-    def map(self, bodies: Iterable[Mapping[str, Any]], path: str, read: Callable[[Any], T]) -> list[T]:
+    def map(
+        self,
+        bodies: Iterable[Mapping[str, Any]],
+        path: str,
+        read: Callable[[Any], T],
+        refused: Callable[[Refusal], T] | None = None,
+    ) -> list[T]:
         """POST each of `bodies` to `path` of any server; what `read` makes of the answers, in the order of `bodies`.
 
-        `read` raises a Fault where the answer is not what was asked for.
+        `read` raises a Fault where the answer is not what was asked for. `refused` gives what stands for the answer to
+        a request that is refused; without it a refusal is raised.
 
         Raises:
             UserError: a request failed `tries` times, or no server is left; both name the addresses.
         """
-        return self.run(self._map(list(bodies), path, read))
+        return self.run(self._map(list(bodies), path, read, refused))
 
     def close(self) -> None:
         """Close the connections and end the thread. Closing twice does nothing."""
@@ -201,18 +218,24 @@ class Pool:
         if status in (401, 403):
             variable = self._config.key_variable
             raise UserError(f"{server.address}: {status}: set the environment variable {variable} to the server's key")
-        raise UserError(f"{server.address}{path}: {status}: {_shown(content)}")
+        raise (Refusal if status in REFUSED else UserError)(f"{server.address}{path}: {status}: {_shown(content)}")
 
     # Many requests
 
-    async def _map(self, bodies: list[Mapping[str, Any]], path: str, read: Callable[[Any], T]) -> list[T]:
+    async def _map(
+        self,
+        bodies: list[Mapping[str, Any]],
+        path: str,
+        read: Callable[[Any], T],
+        refused: Callable[[Refusal], T] | None,
+    ) -> list[T]:
         answers: dict[int, T] = {}
         waiting = iter(enumerate(bodies))
         workers = min(len(bodies), self._config.concurrency * len(self.servers))
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(workers):
-                    group.create_task(self._work(waiting, path, read, answers))
+                    group.create_task(self._work(waiting, path, read, refused, answers))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [answers[number] for number in range(len(bodies))]
@@ -222,10 +245,16 @@ class Pool:
         waiting: Iterator[tuple[int, Mapping[str, Any]]],
         path: str,
         read: Callable[[Any], T],
+        refused: Callable[[Refusal], T] | None,
         answers: dict[int, T],
     ) -> None:
         for number, body in waiting:
-            answers[number] = await self._persist(body, path, read)
+            try:
+                answers[number] = await self._persist(body, path, read)
+            except Refusal as refusal:
+                if refused is None:
+                    raise
+                answers[number] = refused(refusal)
 
     async def _persist(self, body: Mapping[str, Any], path: str, read: Callable[[Any], T]) -> T:
         """Ask until there is an answer, not the same server twice in a row if there is another."""
@@ -295,13 +324,13 @@ class Pool:
                 await self._readmit(server)
                 continue
             try:
-                await self.get(server, "/health")
+                await self.get(server, self._health)
                 server.strikes = 0
             except (Fault, UserError) as error:
                 server.strikes += 1
                 refused = isinstance(error, Fault) and error.kind == "connection"
                 if refused or server.strikes >= STRIKES:
-                    await self._take_down(server, f"/health: {error}")
+                    await self._take_down(server, f"{self._health}: {error}")
 
     async def _readmit(self, server: Server) -> None:
         try:
@@ -337,6 +366,16 @@ class Pool:
     def _none_up(self) -> UserError:
         reasons = "; ".join(f"{server.address}: {server.why_down}" for server in self.servers)
         return UserError(f"no server answers; the same command goes on when one does\n{reasons}")
+
+
+def read_as(shape: type[M], answer: Any) -> M:
+    """An answer in its shape. Raises Fault where it has another."""
+    try:
+        return shape.model_validate(answer)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise Fault("garbage", f"{place or 'answer'}: {first['msg']}") from None
 
 
 def _parsed(content: bytes) -> Any:

@@ -84,7 +84,7 @@ def sample(
     store = SampleStore(root, made_from, sampling.n)
     room = engine.max_model_len - sampling.max_tokens
     given = too_long = 0
-    for number, rows in enumerate(_chunks(_unique(prompts), chunk_prompts)):
+    for number, rows in enumerate(chunks_of(unique_rows(prompts), chunk_prompts)):
         if number % shard.of != shard.number:
             continue
         fitting = _fitting(tokenizer, rows, room)
@@ -108,7 +108,7 @@ def sample(
         logger.warning("%d of %d prompts exceed %d tokens and are not sampled", too_long, given, room)
 
 
-def _unique(prompts: Iterable[Row]) -> Iterator[Row]:
+def unique_rows(prompts: Iterable[Row]) -> Iterator[Row]:
     seen: set[str] = set()
     for number, row in enumerate(prompts, start=1):
         name = row.get("id")
@@ -122,7 +122,7 @@ def _unique(prompts: Iterable[Row]) -> Iterator[Row]:
         raise UserError("no prompts to sample")
 
 
-def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+def chunks_of(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
     while chunk := list(islice(rows, size)):
         yield chunk
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,14 +38,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Completion:
-    """A stored sample: the `index`-th of its prompt, drawn from `seed`; `text` is without the stop token."""
+    """A stored sample: the `index`-th of its prompt, drawn from `seed`; `text` is without the stop token.
+
+    A server of chat completions gives no tokens and no log-probability (NaN); where it refuses, `text` is its reason.
+    """
 
     prompt_id: str
     index: int
     seed: int
     token_ids: list[int]
     text: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["refused"]
     logprob: float
 
 
@@ -60,11 +63,11 @@ class SampleStore:
         if not (self.folder / MANIFEST).exists():
             atomic.write_json(self.folder / MANIFEST, {"made_from": made_from, "n": n})
 
-    def shard(self, prompts: Mapping[str, Sequence[int]]) -> Path:
-        """Where the samples of these prompts (id -> tokens) lie, or will."""
+    def shard(self, prompts: Mapping[str, Sequence[Any]]) -> Path:
+        """Where the samples of these prompts (id -> tokens, or what else was asked) lie, or will."""
         return self.folder / f"{value_hash(list(prompts.items()))[:16]}.parquet"
 
-    def read(self, prompts: Mapping[str, Sequence[int]]) -> list[list[Completion]] | None:
+    def read(self, prompts: Mapping[str, Sequence[Any]]) -> list[list[Completion]] | None:
         """For each prompt its samples by index; None where they are not stored.
 
         A shard that cannot be read is logged and removed, so that it is sampled again.
@@ -82,7 +85,7 @@ class SampleStore:
             raise RuntimeError(f"{path}: does not hold the {self.n} samples of each of its prompts in order")
         return [rows[i : i + self.n] for i in range(0, len(rows), self.n)]
 
-    def write(self, prompts: Mapping[str, Sequence[int]], samples: Sequence[Sequence[Completion]]) -> None:
+    def write(self, prompts: Mapping[str, Sequence[Any]], samples: Sequence[Sequence[Completion]]) -> None:
         table = pa.Table.from_pylist([vars(sample) for of_prompt in samples for sample in of_prompt], SCHEMA)
         with atomic.replacing(self.shard(prompts)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
