@@ -312,7 +312,8 @@ class InstructionsConfig(JobConfig):
         None, description="default: no task whose answer does not follow from the tables"
     )
     near: NearDuplicatesConfig | None = Field(
-        NearDuplicatesConfig(), description="near-duplicate questions go; null: exact duplicates alone"
+        NearDuplicatesConfig(similarity=0.9),
+        description="near-duplicate questions go; those of one template share its words; null: exact duplicates alone",
     )
 
     @field_validator("families", "languages")

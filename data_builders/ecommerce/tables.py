@@ -103,7 +103,8 @@ class Tables:
     queries: list[Query]
 
     def of(self, name: str) -> Sequence[Record]:
-        return {"products": self.products, "reviews": self.reviews, "pairs": self.pairs, "queries": self.queries}[name]
+        kinds: dict[str, Sequence[Record]] = {"products": self.products, "reviews": self.reviews, "pairs": self.pairs}
+        return (kinds | {"queries": self.queries})[name]
 
 
 def read_tables(config: TablesConfig) -> Tables:
@@ -112,9 +113,11 @@ def read_tables(config: TablesConfig) -> Tables:
     Raises:
         UserError: a column that the table lacks, or a value that is not what the column holds (place and column named).
     """
-    products = _all(config.products, "products", _product)
+    products: dict[str, Product] = {}
+    for product in _all(config.products, "products", _product):
+        products.setdefault(repr(replace(product, place="")), product)
     return Tables(
-        products=list({repr(replace(product, place="")): product for product in reversed(products)}.values())[::-1],
+        products=list(products.values()),
         reviews=_all(config.reviews, "reviews", _review),
         pairs=_all(config.pairs, "pairs", _pair),
         queries=_all(config.queries, "queries", _query),
@@ -276,8 +279,8 @@ def _listing(value: Any, place: str, side: str) -> dict[str, str]:
     match value:
         case None:
             return {}
-        case str(text):
-            return {side: text}
+        case str(name):
+            return {side: name}
         case dict(columns):
             return {str(name): text for name, content in columns.items() if (text := _optional(content))}
         case other:

@@ -90,6 +90,7 @@ JOBS = {
     "data_builders.questions": "data_builders.config.QuestionsConfig",
     "data_builders.decontaminate": "data_builders.config.DecontaminateConfig",
     "data_builders.deduplicate": "data_builders.config.DeduplicateConfig",
+    "data_builders.instructions": "data_builders.config.InstructionsConfig",
     "dpo.train": "dpo.config.DPOConfig",
     "dpo.online": "dpo.config.OnlineConfig",
 }
