@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from alignment import atomic, chat, job
 from alignment.errors import UserError, did_you_mean
@@ -30,7 +29,7 @@ from data_builders.ecommerce.drafts import Cell, Draft, draw_drafts, quotas
 from data_builders.ecommerce.families import SHARES, missing, shares_of, tasks_for
 from data_builders.ecommerce.report import table
 from data_builders.ecommerce.tables import columns_of, read_tables
-from data_builders.synthesis.locales import LANGUAGES, Language
+from data_builders.synthesis.locales import LANGUAGES
 from data_builders.writers import check_writer
 
 BEYOND = "beyond the quota"
@@ -74,7 +73,7 @@ def run(config: InstructionsConfig) -> None:
 def cells(config: InstructionsConfig) -> dict[Cell, int]:
     """How many rows each family is to have in each language."""
     families = shares_of(config.families, columns_of(config.tables), config.mixture_of_agents is not None)
-    languages = {cast(Language, code): share for code, share in config.languages.items() if share > 0}
+    languages = {code: config.languages[code] for code in LANGUAGES if config.languages.get(code, 0) > 0}
     shares = {(family, code): families[family] * share for family in families for code, share in languages.items()}
     return quotas(config.rows, shares)
 

@@ -113,7 +113,7 @@ def missing(family: str, columns: Mapping[str, Sequence[set[str]]], written: boo
 def shares_of(
     given: Mapping[str, float] | None, columns: Mapping[str, Sequence[set[str]]], written: bool
 ) -> dict[str, float]:
-    """Family -> share, those of share 0 left out.
+    """Family -> share, in the order of SHARES; those of share 0 are left out.
 
     Raises:
         UserError: an unknown family, one that is asked for and that the tables do not allow, or none that they do.
@@ -128,7 +128,7 @@ def shares_of(
             raise UserError(
                 f"families.{family}: the tables do not hold what it needs: {missing(family, columns, written)}"
             )
-    shares = {family: share for family, share in wanted.items() if family in possible and share > 0}
+    shares = {family: wanted[family] for family in SHARES if family in possible and wanted.get(family, 0) > 0}
     if not shares:
         raise UserError("tables: they hold what no family needs; see docs/multilingual.md for the columns of each")
     return shares

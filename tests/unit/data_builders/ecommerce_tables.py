@@ -26,6 +26,24 @@ def product(number: int) -> dict[str, Any]:
     }
 
 
+def review(number: int) -> dict[str, Any]:
+    return {
+        "text": f"Buyer {number} says it broke after {number} days.",
+        "rating": 1 + number % 5,
+        "sentiment": "Negative",
+    }
+
+
+def pair(number: int) -> dict[str, Any]:
+    """Of an even number the product itself, else the next one."""
+    right = {"name": product(number + number % 2)["name"], "price": 3}
+    return {"left": product(number)["name"], "right": right, "label": 1 - number % 2}
+
+
+def query(number: int) -> dict[str, Any]:
+    return {"query": f"{NOUNS[number % 5]} number {number}", "title": product(number)["name"], "label": True}
+
+
 def write_tables(folder: Path) -> dict[str, Any]:
     """The files, and the `tables` of a config over them."""
     with (folder / "products.csv").open("w", newline="") as file:
@@ -33,13 +51,10 @@ def write_tables(folder: Path) -> dict[str, Any]:
         writer.writeheader()
         writer.writerows(product(number) for number in range(PRODUCTS))
     lines = {
-        "reviews": [{"text": f"Buyer {n} says it broke after {n} days.", "rating": 1 + n % 5, "sentiment": "Negative"}
-                    for n in range(PRODUCTS)],
-        "pairs": [{"left": product(n)["name"], "right": {"name": product(n + n % 2)["name"], "price": 3}, "label": 1 - n % 2}
-                  for n in range(PRODUCTS)],
-        "queries": [{"query": f"{NOUNS[n % 5]} number {n}", "title": product(n)["name"], "label": True}
-                    for n in range(PRODUCTS)],
-    }  # fmt: skip
+        "reviews": [review(number) for number in range(PRODUCTS)],
+        "pairs": [pair(number) for number in range(PRODUCTS)],
+        "queries": [query(number) for number in range(PRODUCTS)],
+    }
     for name, rows in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"id": "sku", "title": "name"}

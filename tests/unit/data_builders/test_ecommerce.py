@@ -218,7 +218,7 @@ def test_draws_are_seeded_and_take_each_row_once(config: TablesConfig, tables: T
     assert draw(3, 9) != draw(4, 9)
     whole = draw(3, 10**6)
     assert len(whole) == 2 * tables_of.PRODUCTS  # its two tasks
-    assert {count for count in Counter((d.task, *d.sources) for d in whole).values()} == {1}
+    assert set(Counter((d.task, *d.sources) for d in whole).values()) == {1}
 
 
 def test_without_cross_lingual_a_row_serves_its_own_language(config: TablesConfig, tables: Tables) -> None:
@@ -256,7 +256,9 @@ def test_columns_of_two_tables_do_not_add_up_to_a_task() -> None:
     """A price here and a category there make no recommendation."""
     held = {"products": [{"title", "price"}, {"title", "category"}], "reviews": [], "pairs": [], "queries": []}
     assert "within_budget" not in {task.name for task in tasks_for(held, written=False)}
-    assert "within_budget" in {task.name for task in tasks_for({**held, "products": [{"title", "price", "category"}]}, False)}
+    assert "within_budget" in {
+        task.name for task in tasks_for({**held, "products": [{"title", "price", "category"}]}, False)
+    }
 
 
 def test_ditto_pairs_are_pairs_and_products(tmp_path: Path) -> None:
@@ -280,7 +282,11 @@ def test_ditto_pairs_are_pairs_and_products(tmp_path: Path) -> None:
     [
         ("title,price\nkettle,cheap\n", {}, r"products.csv:2: price 'cheap' is not an amount of money"),
         ("title,price\nkettle\n", {}, r"products.csv:2: 2 columns expected"),
-        ("name,price\nkettle,1\n", {}, r"no column 'title'; name it by columns: \{title: \.\.\.\}, it has: name, price"),
+        (
+            "name,price\nkettle,1\n",
+            {},
+            r"no column 'title'; name it by columns: \{title: \.\.\.\}, it has: name, price",
+        ),
         ("title\nkettle\n", {"columns": {"brand": "maker"}}, r"no column 'maker' \(brand\)"),
         ("title\nkettle\n", {"columns": {"brnd": "maker"}}, r"unknown column 'brnd'; did you mean 'brand'"),
         ("title,attributes\nkettle,red\n", {}, r"products.csv:2: attributes must be a JSON object"),
