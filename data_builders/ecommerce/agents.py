@@ -44,7 +44,7 @@ def answer(
     to_sum_up = {draft.id: synthesis(draft, proposals[draft.id]) for draft in asked if proposals[draft.id]}
     found = write(config.aggregator, to_sum_up, folder / "aggregator", seed, "aggregator")
     failed = {draft.id: "no proposal" for draft in asked if not proposals[draft.id]}
-    failed |= {name: f"aggregator: {text.spoken.fault}" for name, text in found.items() if text.spoken.fault}
+    failed |= {name: f"aggregator {text.spoken.fault}" for name, text in found.items() if text.spoken.fault}
     counts["answered"] = len(found) - sum(name in failed for name in found)
     return [_answered(draft, found, failed) for draft in drafts], failed, counts
 

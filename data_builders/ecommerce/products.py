@@ -27,7 +27,8 @@ def brand_range(draw: Draw, product: Product) -> Parts | None:
     others = draw.products(lambda p: p.brand is not None and not _alike(p.brand, brand), 2)
     if others is None:
         return None
-    more = draw.products(lambda p: same(p.brand, brand) and p.title.casefold() != product.title.casefold(), 1) or []
+    alike = draw.tables.by_brand[brand.casefold()]
+    more = draw.others(alike, lambda p: not same(p.title, product.title), 1) or []
     listed = draw.rng.sample([product, *more, *others], 3 + len(more))
     label = draw.words.words["brand"]
     block = draw.numbered([f"{p.title} ({label}: {p.brand})" for p in listed])
@@ -65,9 +66,10 @@ def category(draw: Draw, product: Product) -> Parts | None:
 
 def same_category(draw: Draw, product: Product) -> Parts | None:
     category = product.category
-    near = draw.products(lambda p: same(p.category, category) and not same(p.title, product.title), 1)
+    assert category is not None
+    near = draw.others(draw.tables.by_category[category.casefold()], lambda p: not same(p.title, product.title), 1)
     far = draw.products(lambda p: p.category is not None and not same(p.category, category), OPTIONS - 1)
-    if near is None or far is None or category is None:
+    if near is None or far is None:
         return None
     block, letter, options = draw.choose(near[0].title, [p.title for p in far])
     slots = {"title": product.title, "letter": letter, "category": category}
@@ -84,7 +86,8 @@ def within_budget(draw: Draw, product: Product) -> Parts | None:
         comparable = other.price is not None and other.category is not None and other.currency == product.currency
         return comparable and not same(other.title, product.title)
 
-    dear = draw.products(lambda p: priced(p) and same(p.category, category) and (p.price or 0) > budget, 1) or []
+    alike = draw.tables.by_category[category.casefold()]
+    dear = draw.others(alike, lambda p: priced(p) and (p.price or 0) > budget, 1) or []
     far = draw.products(lambda p: priced(p) and not same(p.category, category), OPTIONS - 1 - len(dear))
     if far is None:
         return None
@@ -210,16 +213,8 @@ def _misspelt(draw: Draw, word: str) -> str:
 
 
 def _other_categories(draw: Draw, category: str, count: int) -> list[str] | None:
-    names: dict[str, str] = {}
-    for _ in range(count * 20):
-        others = draw.products(lambda p: p.category is not None and not same(p.category, category), 1)
-        if others is None:
-            return None
-        name = others[0].category or ""
-        names.setdefault(name.casefold(), name)
-        if len(names) == count:
-            return list(names.values())
-    return None
+    others = [rows[0].category or "" for name, rows in draw.tables.by_category.items() if name != category.casefold()]
+    return draw.rng.sample(others, count) if len(others) >= count else None
 
 
 def _alike(a: str, b: str) -> bool:

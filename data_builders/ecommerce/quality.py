@@ -9,6 +9,7 @@ from data_builders.ecommerce.drafts import Draft
 from data_builders.thinking import loops
 from data_builders.words import NUMBER, normalised, tokens
 
+ALIKE = {"id", "ms"}  # a sentence or two of shopping may be both: not told apart
 SLOT = re.compile(r"\{[a-z_]+\}")
 LISTING_MARK = re.compile(r"^\s*\d+[.)]\s", re.MULTILINE)  # 1. and 2. before the points of a list
 # How models begin when they will not: in any of the eight languages.
@@ -62,7 +63,7 @@ def is_foreign(text: str, language: str, names: Iterable[str], detector: Detecto
         for line in name.splitlines():
             text = text.replace(line.partition(": ")[2] or line, " ")
     found = detector.identify(text).language
-    return found is not None and found != language
+    return found is not None and found != language and {found, language} != ALIKE
 
 
 def is_refusal(text: str) -> bool:

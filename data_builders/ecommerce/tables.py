@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -102,9 +103,27 @@ class Tables:
     pairs: list[Pair]
     queries: list[Query]
 
+    @cached_property
+    def by_category(self) -> dict[str, list[Product]]:
+        return _grouped(self.products, "category")
+
+    @cached_property
+    def by_brand(self) -> dict[str, list[Product]]:
+        return _grouped(self.products, "brand")
+
     def of(self, name: str) -> Sequence[Record]:
         kinds: dict[str, Sequence[Record]] = {"products": self.products, "reviews": self.reviews, "pairs": self.pairs}
         return (kinds | {"queries": self.queries})[name]
+
+
+def _grouped(products: Sequence[Product], column: str) -> dict[str, list[Product]]:
+    """The products by a column's text, its case folded; without those that have none."""
+    found: dict[str, list[Product]] = {}
+    for product in products:
+        name = getattr(product, column)
+        if name is not None:
+            found.setdefault(name.casefold(), []).append(product)
+    return found
 
 
 def read_tables(config: TablesConfig) -> Tables:

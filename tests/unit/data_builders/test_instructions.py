@@ -24,7 +24,7 @@ from data_builders import instructions
 from data_builders.config import InstructionsConfig, WriterConfig
 from data_builders.ecommerce.agents import SYNTHESIZE
 from data_builders.ecommerce.drafts import Draft
-from data_builders.ecommerce.quality import reject
+from data_builders.ecommerce.quality import is_foreign, reject
 from data_builders.ecommerce.rewriting import spoilt
 from data_builders.synthesis.locales import LANGUAGES
 from data_builders.writers import Written, asked
@@ -276,6 +276,16 @@ DRAFT = Draft(
 )
 def test_a_rewriting_asks_what_was_asked(text: str, reason: str | None) -> None:
     assert spoilt(DRAFT, text, IDENTIFY) == reason
+
+
+def test_indonesian_and_malay_are_not_told_apart() -> None:
+    """The text has the Malay `jenama` and `kedai`; it would be another language than, say, Thai."""
+    text = "Produk jenama ini boleh dibeli di kedai kami pada bila-bila masa."
+    assert {code: is_foreign(text, code, [], IDENTIFY) for code in ("id", "ms", "th")} == {
+        "id": False,
+        "ms": False,
+        "th": True,
+    }
 
 
 @pytest.mark.parametrize(
