@@ -98,6 +98,7 @@ JOBS = {
     "data_builders.drift": "data_builders.config.DriftConfig",
     "data_builders.embed": "data_builders.config.EmbedConfig",
     "data_builders.long_cot": "data_builders.config.LongCoTConfig",
+    "data_builders.instructions": "data_builders.config.InstructionsConfig",
     "dpo.train": "dpo.config.DPOConfig",
     "dpo.online": "dpo.config.OnlineConfig",
 }
