@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,7 +182,7 @@ def by_document(loaded: Mapping[str, Any], samples: Mapping[str, Sequence[Row]])
             first = samples[name][0]["filter"]
             for sample in samples[name]:
                 row = {"asked": asked, "task": name, "document": sample["doc_id"], "hash": sample["doc_hash"]}
-                values = {key: float(sample[key]) for key in sample["metrics"] if _is_number(sample[key])}
+                values = {key: float(sample[key]) for key in sample["metrics"] if isinstance(sample[key], Real)}
                 score = {"score": values[metric]} if metric in values and sample["filter"] == first else {}
                 yield row | {"filter": sample["filter"], "metrics": values} | score
 
@@ -201,14 +202,18 @@ def summarize(results: Mapping[str, Any]) -> dict[str, float | int]:
     for name, found in results["results"].items():
         for key, value in found.items():
             metric, comma, filtered = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not _is_number(value):
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             place = f"{name}.{metric}" + ("" if filtered == "none" else f".{filtered}")
             metrics[place] = float(value)
             error = found.get(f"{metric}_stderr,{filtered}")
-            metrics |= {f"{place}.stderr": float(error)} if _is_number(error) else {}
+            metrics |= {f"{place}.stderr": float(error)} if isinstance(error, Real) else {}
             values = [s[metric] for s in results["samples"].get(name, []) if s["filter"] == filtered and metric in s]
-            if values and all(map(_is_number, values)) and math.isclose(sum(values) / len(values), value):
+            if (
+                values
+                and all(isinstance(each, Real) for each in values)
+                and math.isclose(sum(values) / len(values), value)
+            ):
                 interval = mean_interval(values)
                 metrics |= {f"{place}.low": interval.low, f"{place}.high": interval.high}
         if name in results["n-samples"]:
@@ -227,10 +232,6 @@ def _plain(value: Any) -> Any:
             return value
         case _:
             return str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, str)
 
 
 def _quiet() -> None:

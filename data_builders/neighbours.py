@@ -5,7 +5,7 @@ Vectors come memory-mapped, of unit length, and are read in blocks.
 Suffixes: N texts, E texts of an evaluation set, B texts of a block, D dimensions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
@@ -39,7 +39,7 @@ def nearest(vectors_ND: Vectors, others_ED: Vectors) -> Nearest:
         block_BD = np.ascontiguousarray(vectors_ND[first : first + BLOCK], dtype=np.float32)
         similarity, row = faiss.knn(block_BD, others_ED, 1, metric=faiss.METRIC_INNER_PRODUCT)
         row_N[first : first + BLOCK], similarity_N[first : first + BLOCK] = row[:, 0], similarity[:, 0]
-    return Nearest(row_N, similarity_N)
+    return Nearest(row_N, similarity_N.clip(max=1))  # in half precision the length of a vector is nearly 1
 
 
 class KeptVectors:
@@ -67,10 +67,11 @@ class KeptVectors:
         found = [Similar(int(self._before_B[place]), float(self._similarity_B[place]))]
         if self._kept:
             with_kept = self._within_BB[place, self._kept]
-            best = int(with_kept.argmax())
-            found.append(Similar(self._index.ntotal + best, float(with_kept[best])))
+            most = int(with_kept.argmax())
+            found.append(Similar(self._index.ntotal + most, float(with_kept[most])))
         enough = [similar for similar in found if similar.similarity >= self._least]
-        return max(enough, key=lambda similar: similar.similarity, default=None)
+        best = max(enough, key=lambda similar: similar.similarity, default=None)
+        return best and replace(best, similarity=min(best.similarity, 1.0))
 
     def keep(self, text: int) -> None:
         """Keep the text that `similar` was last asked about."""

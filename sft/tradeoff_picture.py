@@ -18,15 +18,16 @@ FORMATS = ("png", "svg")
 
 
 def draw(points: Sequence[Point], limit: float, path: Path) -> None:
-    """Write `path`.png and `path`.svg: 95% intervals, the limit, and the chosen share."""
+    """Write `path`.png and `path`.svg: 95% intervals, the limit, and the share that is chosen."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.04)
-    figure = Figure(figsize=(10.4, 4.4), dpi=150, facecolor="white", layout=layout)
+    figure = Figure(figsize=(10.4, 4.8), dpi=150, facecolor="white", layout=layout)
     left, right = figure.subplots(1, 2)
-    chosen, _ = largest(points, limit)
+    chosen, estimated = largest(points, limit)
+    mark = (chosen, "chosen") if chosen else (estimated, "by the estimates alone")
     _reasoning(left, points)
     _general(right, points, limit)
     for axes in (left, right):
-        _style(axes, points, chosen)
+        _style(axes, points, *mark)
     for kind in FORMATS:
         with atomic.replacing(path.with_suffix(f".{kind}")) as temporary:
             figure.savefig(temporary, format=kind)
@@ -37,7 +38,7 @@ def _reasoning(axes: Axes, points: Sequence[Point]) -> None:
         intervals = [point.values[f"reasoning.{name}"] for point in points]
         _line(axes, points, [(i.value, i.low, i.high) for i in intervals], colour, label, 0.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_title("Reasoning: correct answers", fontsize=10.5, loc="left", color=INK, pad=26)
+    axes.set_title("Reasoning: correct answers", fontsize=10.5, loc="left", color=INK)
 
 
 def _general(axes: Axes, points: Sequence[Point], limit: float) -> None:
@@ -53,7 +54,7 @@ def _general(axes: Axes, points: Sequence[Point], limit: float) -> None:
     label = f"limit: {-100 * limit:g}"
     axes.axhline(-limit, color=LIMIT, linewidth=1, linestyle=(0, (4, 3)), label=label)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}" if value else "0"))
-    axes.set_title("General ability, thinking off: change in points", fontsize=10.5, loc="left", color=INK, pad=26)
+    axes.set_title("General ability, thinking off: change in points", fontsize=10.5, loc="left", color=INK)
 
 
 def _line(
@@ -66,24 +67,16 @@ def _line(
     axes.errorbar(shares, values, errors, color=colour, marker="o", markersize=4.5, linewidth=1.6, label=label)
 
 
-def _style(axes: Axes, points: Sequence[Point], chosen: float) -> None:
+def _style(axes: Axes, points: Sequence[Point], marked: float, why: str) -> None:
     margin = 0.05 * _width(points)
     axes.set_xlim(-margin, points[-1].share + margin)
     axes.set_xticks([point.share for point in points])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
     axes.set_xlabel("long answers, of the mixture's rows", fontsize=9.5, color=SOFT)
-    if chosen:
-        label = f"chosen: {100 * chosen:.3g}%"
-        axes.axvspan(chosen - margin / 3, chosen + margin / 3, color=LINE, zorder=0, linewidth=0, label=label)
-    axes.legend(
-        fontsize=8.5,
-        frameon=False,
-        labelcolor=INK,
-        ncols=4,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 0.99),
-        borderpad=0,
-    )
+    if marked:
+        label = f"{why}: {100 * marked:.3g}%"
+        axes.axvspan(marked - margin / 3, marked + margin / 3, color=LINE, zorder=0, linewidth=0, label=label)
+    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.16))
     axes.tick_params(colors=SOFT, labelsize=9, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(SOFT)

@@ -64,7 +64,7 @@ def claim(name: str, search: Search, texts: Sequence[str], better: str) -> None:
     settings: dict[str, Any] = {
         "peer_value": round(sum(by_words) / len(texts), 4),
         "rows": len(texts),
-        "model": Path(MODEL).parent.name,
+        "model": "/".join(Path(MODEL).parts[-2:]),
         "similarity": search.config.similarity,
     }
     value = sum(by_both) / len(texts)

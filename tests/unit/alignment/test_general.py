@@ -15,13 +15,14 @@ from alignment import general
 from alignment.config import TasksConfig
 from alignment.errors import UserError
 from alignment.general import GeneralConfig, by_document, scores, summarize
-from alignment.rows import read_rows, write_rows
+from alignment.rows import Row, read_rows, write_rows
 from data_builders import synthesize
 from data_builders.config import SynthesizeConfig
 
 ROOT = Path(__file__).parents[3]
 
-CHOICES = ("12.5", "45 baht", "37.5 đồng", "9")
+QUESTIONS = 24
+CHOICES = ("1", "2", "4", "5")  # as long as each other, so that what stands before decides
 PRICES = """
 task: prices
 dataset_path: json
@@ -38,11 +39,11 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A task of eight questions, where it is run, and lm-eval without its own tasks, which take seconds to list."""
+    """A task of a few questions, where it is run, and lm-eval without its own tasks, which take seconds to list."""
     monkeypatch.chdir(tmp_path)
     manager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: manager(include_path=include_path))
-    rows = [{"question": f"{n} shirts?", "choices": CHOICES[n % 4 :] + CHOICES[: n % 4]} for n in range(8)]
+    rows = [{"question": f"{n} shirts?", "choices": CHOICES[n % 4 :] + CHOICES[: n % 4]} for n in range(QUESTIONS)]
     write_rows(Path("prices.jsonl"), rows)
     Path("tasks").mkdir()
     Path("tasks/prices.yaml").write_text(PRICES)
@@ -55,37 +56,43 @@ def config(model: Path, **changes: Any) -> GeneralConfig:
     return GeneralConfig.model_validate({"output_dir": "out", "model": str(model), "tasks": tasks})
 
 
-def likelihoods(folder: Path, tokenizer: PreTrainedTokenizerFast, question: str, choices: list[str]) -> list[float]:
-    """Of each answer after the question as a user's turn, thinking off: one at a time, with transformers alone."""
+def chosen(folder: Path, tokenizer: PreTrainedTokenizerFast, rows: list[Row], **options: bool | None) -> list[float]:
+    """Whether the first answer is the likeliest, answer by answer, with transformers alone; no options: no template."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    turn = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     found = []
-    for choice in choices:
-        prompt, ids = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (text, text + choice))
-        with torch.no_grad():
-            logps_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        found.append(sum(float(logps_TV[at - 1, ids[at]]) for at in range(len(prompt), len(ids))))
+    for row in rows:
+        turn = [{"role": "user", "content": row["question"]}]
+        text = row["question"]
+        if options:
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **options)
+        logps = [likelihood(model, tokenizer, text, choice) for choice in row["choices"]]
+        found.append(float(logps[0] == max(logps)))
     return found
+
+
+def likelihood(model: Any, tokenizer: PreTrainedTokenizerFast, text: str, choice: str) -> float:
+    prompt, ids = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in (text, text + choice))
+    with torch.no_grad():
+        logps_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(logps_TV[at - 1, ids[at]]) for at in range(len(prompt), len(ids)))
 
 
 def test_choices_are_scored_as_transformers_scores_them(
     folder: Path, tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     general.run(config(tiny_model_folder))
-    expected = []
-    for row in read_rows(Path("prices.jsonl")):
-        found = likelihoods(tiny_model_folder, tiny_tokenizer, row["question"], row["choices"])
-        expected.append(float(found[0] == max(found)))
-    assert 0 < sum(expected) < len(expected), "some are right, some are wrong"
+    rows = list(read_rows(Path("prices.jsonl")))
+    expected = chosen(tiny_model_folder, tiny_tokenizer, rows, enable_thinking=False)
+    assert expected != chosen(tiny_model_folder, tiny_tokenizer, rows), "the template matters here"
+    assert expected != chosen(tiny_model_folder, tiny_tokenizer, rows, enable_thinking=True), "so does its switch"
     documents = list(read_rows(Path("out/by_document.jsonl")))
     assert [document["score"] for document in documents] == expected
     assert [document["metrics"] for document in documents] == [{"acc": value} for value in expected]
     assert list(scores(Path("out"), "prices").values()) == expected and scores(Path("out"), "other") == {}
     metrics = json.loads(Path("out/metrics.json").read_text())
-    assert metrics["prices.acc"] == pytest.approx(sum(expected) / 8)
+    assert metrics["prices.acc"] == pytest.approx(sum(expected) / len(rows))
     assert metrics["prices.acc.low"] < metrics["prices.acc"] - metrics["prices.acc.stderr"] < metrics["prices.acc"]
-    assert metrics["prices.documents"] == 8
+    assert metrics["prices.documents"] == len(rows)
     assert json.loads(Path("out/results.json").read_text())["configs"]["prices"]["output_type"] == "multiple_choice"
 
     general.run(config(tiny_model_folder))  # done: it returns at once
@@ -166,13 +173,13 @@ def sample(document: int, filtered: str, **metrics: Any) -> dict[str, Any]:
 
 
 def test_a_task_is_scored_by_its_first_mean_that_is_better_when_higher_and_its_first_filter() -> None:
-    from lm_eval.api.metrics import bits_per_byte, mean
+    from lm_eval.api.metrics import bits_per_byte, bleu, mean
 
-    task = Task(bits=(bits_per_byte, False), wer=(mean, False), acc=(mean, True), f1=(mean, True))
+    task = Task(bleu=(bleu, True), wer=(mean, False), acc=(mean, True), f1=(mean, True))
     assert general.score_metric(task) == "acc"
     assert general.score_metric(Task(bits=(bits_per_byte, False))) is None
     samples = {
-        "a": [sample(0, "strict", wer=1.0, acc=0.0, bits=(-3.0, 2)), sample(0, "loose", wer=1.0, acc=1.0)],
+        "a": [sample(0, "strict", wer=1.0, acc=0.0, bleu=("a", "b")), sample(0, "loose", wer=1.0, acc=1.0)],
         "b": [sample(0, "none", acc=1.0)],
     }
     loaded = {"asked": {"both": ["a", "b"]}, "tasks": {"a": task, "b": Task(acc=(mean, True))}}

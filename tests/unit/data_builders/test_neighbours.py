@@ -87,3 +87,10 @@ def test_the_nearest_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     cosines = texts.astype(np.float64) @ others.astype(np.float64).T
     assert found.row_N.tolist() == cosines.argmax(axis=1).tolist()
     assert found.similarity_N == pytest.approx(cosines.max(axis=1), abs=1e-5)
+
+
+def test_no_cosine_exceeds_one() -> None:
+    """Half precision leaves vectors that are longer than 1."""
+    twice = np.repeat(unit(200, 8, 0).astype(np.float16), 2, axis=0)
+    assert nearest(twice, twice).similarity_N.max() == 1
+    assert max(similar.similarity for similar in run(twice.astype(np.float32)) if similar) == 1
