@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from alignment.fingerprint import text_hash
 from alignment.rows import Row
@@ -12,6 +13,7 @@ from data_builders.ecommerce.tables import Product, Record, Tables
 from data_builders.ecommerce.wordings import Words, slots, words_of
 from data_builders.synthesis.locales import Language
 
+T = TypeVar("T")
 Cell = tuple[str, Language]  # family and language
 
 
@@ -86,13 +88,23 @@ def draw_drafts(
 
 
 def _instances(task: Task, tables: Tables, words: Words, seed: str, cross_lingual: bool) -> Iterator[Draft]:
-    rows = [row for row in tables.of(task.table) if task.suits(row) and _speaks(row, task, words, cross_lingual)]
-    for row in random.Random(seed).sample(rows, len(rows)):
+    for row in shuffled(tables.of(task.table), random.Random(seed)):
+        if not task.suits(row) or not _speaks(row, task, words, cross_lingual):
+            continue
         key = f"{seed}/{row.place}"
         draw = Draw(words, tables, random.Random(key))
         parts = task.make(draw, row)
         if parts is not None:
             yield _draft(task, draw, row, parts, text_hash(key)[:12])
+
+
+def shuffled(rows: Sequence[T], rng: random.Random) -> Iterator[T]:
+    """The rows in a drawn order, drawn as they are asked for (Fisher and Yates): of a long table few are."""
+    moved: dict[int, int] = {}
+    for place in range(len(rows)):
+        drawn = rng.randrange(place, len(rows))
+        yield rows[moved.get(drawn, drawn)]
+        moved[drawn] = moved.pop(place, place)
 
 
 def _speaks(row: Record, task: Task, words: Words, cross_lingual: bool) -> bool:

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import random
 import re
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ from alignment.answers import to_number
 from alignment.errors import UserError
 from alignment.verify import Claim, Verdict, settle
 from data_builders.config import TablesConfig
-from data_builders.ecommerce.drafts import Draft, draw_drafts, quotas
+from data_builders.ecommerce.drafts import Draft, draw_drafts, quotas, shuffled
 from data_builders.ecommerce.families import SHARES, TASKS, missing, shares_of, tasks_for
 from data_builders.ecommerce.products import round_down, round_up
 from data_builders.ecommerce.quality import slot_left
@@ -219,6 +220,17 @@ def test_draws_are_seeded_and_take_each_row_once(config: TablesConfig, tables: T
     whole = draw(3, 10**6)
     assert len(whole) == 2 * tables_of.PRODUCTS  # its two tasks
     assert set(Counter((d.task, *d.sources) for d in whole).values()) == {1}
+
+
+@given(st.integers(0, 30), st.integers())
+def test_a_drawn_order_has_every_row_once(count: int, seed: int) -> None:
+    assert sorted(shuffled(range(count), random.Random(seed))) == list(range(count))
+
+
+def test_every_order_is_as_likely() -> None:
+    """600 orders of 3 rows: 100 of each expected, 30 (above 3 standard deviations) either way allowed."""
+    found = Counter(tuple(shuffled("abc", random.Random(seed))) for seed in range(600))
+    assert len(found) == 6 and all(70 <= count <= 130 for count in found.values())
 
 
 def test_without_cross_lingual_a_row_serves_its_own_language(config: TablesConfig, tables: Tables) -> None:
