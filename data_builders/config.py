@@ -562,7 +562,10 @@ class InstructionsConfig(JobConfig):
     )
     near: NearDuplicatesConfig | None = Field(
         NearDuplicatesConfig(similarity=0.9),
-        description="near-duplicate questions go; those of one template share its words; null: exact duplicates alone",
+        description="near-duplicate questions go; those of one template share its words; null: none",
+    )
+    embedding: EmbeddingNeighboursConfig | None = Field(
+        None, description="also questions alike by their embeddings; null: none"
     )
 
     @field_validator("families", "languages")

