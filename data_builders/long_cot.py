@@ -219,8 +219,8 @@ def lengths(name: str, tokens: Sequence[int]) -> dict[str, float | int]:
     p50, p95 = np.percentile(tokens, [50, 95])
     return {
         f"{name}.tokens.mean": round(float(np.mean(tokens)), 2),
-        f"{name}.tokens.p50": float(p50),
-        f"{name}.tokens.p95": float(p95),
+        f"{name}.tokens.p50": round(float(p50), 2),
+        f"{name}.tokens.p95": round(float(p95), 2),
         f"{name}.tokens.max": max(tokens),
     }
 

@@ -145,7 +145,7 @@ class Judge:
 def opens(tokenizer: PreTrainedTokenizerBase, prompt: Row) -> bool:
     """Whether the chat template itself opens the thinking, at the end of the prompt."""
     ids = render_prompt(tokenizer, prompt["prompt"], **prompt["chat_template_kwargs"])
-    return tokenizer.decode(ids).rstrip().endswith(THINK_START)
+    return str(tokenizer.decode(ids)).rstrip().endswith(THINK_START)
 
 
 def _verified(thought: Thought, verdict: Verdict) -> Thought | Fault:

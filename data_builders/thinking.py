@@ -3,14 +3,15 @@
 What fails here is not trained on: a model learns from it to think without end, or to answer inside its thoughts.
 """
 
-from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 
 from alignment.answers import extract_answer
 from alignment.thinking import Fault, Thought, parse
 from data_builders.words import tokens
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what tokens that are no whole character decode to
-LOOP_TOKENS, LOOP_TIMES = 20, 4  # a run of so many words and signs that comes so often is a loop
+LOOP_TOKENS, LOOP_TIMES = 20, 4  # so many words and signs, so often, one behind the other, are a loop
 
 
 def check(text: str, *, cut_off: bool = False) -> Thought | Fault:
@@ -28,19 +29,24 @@ def check(text: str, *, cut_off: bool = False) -> Thought | Fault:
 
 
 def loops(text: str) -> bool:
-    """Whether some run of LOOP_TOKENS words and signs comes LOOP_TIMES times, one behind the other.
+    """Whether the text repeats itself LOOP_TIMES without a change, some LOOP_TOKENS words and signs or more each time.
 
-    Runs that overlap count once, so that a line of dashes has to be as long as four runs.
+    A formula or a phrase that comes again between other words is no loop, whatever its length. Short repetitions count
+    by their sum: a line of dashes has to be as long as four runs.
     """
     found = tokens(text)
-    times: Counter[tuple[str, ...]] = Counter()
-    free: dict[tuple[str, ...], int] = {}  # run -> where it may come again
+    places: dict[tuple[str, ...], list[int]] = {}
     for start in range(len(found) - LOOP_TOKENS + 1):
-        run = tuple(found[start : start + LOOP_TOKENS])
-        if free.get(run, 0) > start:
-            continue
-        free[run] = start + LOOP_TOKENS
-        times[run] += 1
-        if times[run] == LOOP_TIMES:
+        before = places.setdefault(tuple(found[start : start + LOOP_TOKENS]), [])
+        if before and start < before[-1] + LOOP_TOKENS:
+            continue  # it overlaps the one before
+        before.append(start)
+        if len(before) >= LOOP_TIMES and _equal_parts(found, before[-LOOP_TIMES:]):
             return True
     return False
+
+
+def _equal_parts(found: Sequence[str], places: Sequence[int]) -> bool:
+    """Whether what stands between each two neighbours of `places` is the same."""
+    parts = [found[start:end] for start, end in pairwise(places)]
+    return all(part == parts[0] for part in parts)

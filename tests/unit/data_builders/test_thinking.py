@@ -40,6 +40,11 @@ def test_loops() -> None:
     assert loops(" ".join([line] * LOOP_TIMES))
     assert not loops(" ".join([line] * (LOOP_TIMES - 1)))
     assert not loops(" ".join(f"step {i}: {i} + {i} = {2 * i}" for i in range(300)))
+    restated = [f"{line}, hence {'so ' * i}{i}." for i in range(20)]
+    assert not loops(" ".join(restated)), "a formula that is carried along"
+    cases = [f"Case {i}: {line} gives {i * i}." for i in range(20)]
+    assert not loops(" ".join(cases)), "cases of one wording and one length"
+    assert loops(" ".join([*restated, *[f"Wait. {line} No."] * LOOP_TIMES, "So 4."]))
     assert loops("-" * LOOP_TOKENS * LOOP_TIMES) and not loops("-" * (LOOP_TOKENS * LOOP_TIMES - 1))
     assert loops("等等，让我再想一想这个问题到底应该怎么解决才对。" * LOOP_TIMES)
     text = GOOD.replace("3 x 15 is 45.", " ".join([line] * LOOP_TIMES))
