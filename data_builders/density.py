@@ -41,6 +41,7 @@ NOISE = -1
 LINKS = 64
 SMOOTH = 0.1  # the smallest similarity that makes a difference: a row weighs at most 11 times another by one factor
 LEAST_DISTANCE = 1e-6
+LEAST_EPS = 1e-3  # what float32 leaves of the distance of equal rows is below it
 FUZZY_ROWS = 2_048  # rows of a block whose memberships in all clusters are in memory together
 
 
@@ -74,7 +75,7 @@ def fit(questions_ND: Vectors, config: DBSCANConfig, seed: int) -> Density:
     squares, which = _index(points).search(points, neighbours)
     distances = np.sqrt(np.maximum(squares, 0))
     reach = distances[:, config.min_samples - 1]  # to the row that makes each a core point
-    eps = config.eps or float(np.quantile(reach, config.core_share))
+    eps = config.eps or max(LEAST_EPS, float(np.quantile(reach, config.core_share)))
     is_core = reach <= eps
     if not is_core.any():
         raise UserError(f"dbscan.eps: {eps:g} is too near: no row has {config.min_samples} rows within it")

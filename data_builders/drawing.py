@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from alignment.errors import UserError
 from alignment.rows import Row
 from data_builders.config import BoundsConfig, ConstraintsConfig
 from data_builders.quota import Bounds, fill, within_bounds
@@ -44,9 +45,11 @@ def draw(
     """Which rows are drawn. `columns` holds the rows' values of `languages` and `domains`.
 
     Raises:
-        UserError: bounds that cannot be held.
+        UserError: no row may be drawn, or bounds that cannot be held.
     """
     open_rows = np.flatnonzero(scheme.stratum_N != NEVER)
+    if not len(open_rows):
+        raise UserError(f"no row of the pool may be drawn: all {len(draws_N)} are {scheme.never}")
     weights = np.ones(len(draws_N)) if scheme.weights_N is None else scheme.weights_N
     groups = {name: _groups(columns[name], bounds) for name, bounds in named_bounds(constraints).items()}
     keys = np.stack([scheme.stratum_N, *groups.values()])[:, open_rows]

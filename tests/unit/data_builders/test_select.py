@@ -118,6 +118,12 @@ def test_bounds_that_cannot_be_held(make: Make) -> None:
     assert not config.output_dir.exists()
 
 
+def test_a_pool_that_is_nothing_like_the_target_is_refused(make: Make, tmp_path: Path) -> None:
+    mixture(tmp_path, "pool", [0, 0, 0, 0, 200, 200], 0)
+    with pytest.raises(UserError, match=r"no row of the pool may be drawn: all 400 are outside the target"):
+        select.run(make())
+
+
 def test_random_draws_all_alike(make: Make) -> None:
     counts = Counter(row["component"] for row in drawn(make(method="random", budget=360)))
     assert counts.total() == 360 and all(25 <= counts[c] <= 65 for c in range(8))
