@@ -42,6 +42,9 @@ class Located:
     clusters_N: Numbers
     distances_N: np.ndarray
 
+    def whole(self) -> Usage:
+        return Usage(self.rows.vectors_ND, self.clusters_N, self.rows.performance_N, self.rows.pairs_N)
+
     def part(self, which_N: Numbers) -> Usage:
         rows = self.rows
         return Usage(
@@ -75,8 +78,7 @@ def run(config: DriftConfig) -> None:
         windows = [window for window in usage.cut(rows[1], config) if len(window) >= config.minimum_rows]
         if not windows:
             raise UserError(f"{config.stream.rows}: no window holds {config.minimum_rows} rows (minimum_rows)")
-        whole = reference.part(np.arange(len(rows[0])))
-        found = examine(whole, clusters.held_N, [located.part(window) for window in windows], config)
+        found = examine(reference.whole(), clusters.held_N, [located.part(window) for window in windows], config)
         stream = Stream(located, windows, found, moved(found, config.level))
         before_K = np.bincount(reference.clusters_N[clusters.held_N], minlength=config.clusters)
 

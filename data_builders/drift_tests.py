@@ -29,6 +29,7 @@ from data_builders.config import DriftConfig, TriggerConfig
 from data_builders.two_sample import Array, Counts, Result
 
 CLUSTERING_BATCH = 4_096
+CLUSTERED_ROWS = 200_000  # of the reference, at most
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Clusters:
     """
 
     def __init__(self, vectors_ND: Array, count: int, seed: int) -> None:
-        fitted = np.random.default_rng([seed, 0]).permutation(len(vectors_ND))[: len(vectors_ND) // 2]
+        half = min(len(vectors_ND) // 2, CLUSTERED_ROWS)
+        fitted = np.random.default_rng([seed, 0]).permutation(len(vectors_ND))[:half]
         if len(fitted) < count:
             raise UserError(f"clusters: {count} wanted, but half of the reference is {len(fitted)} rows")
         self.held_N = np.ones(len(vectors_ND), bool)  # the rows that it was not fitted to

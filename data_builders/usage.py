@@ -19,6 +19,7 @@ from data_builders.embeddings import check_embedding, embed
 from data_builders.texts import check_texts, row_text
 
 Numbers = NDArray[np.int64]
+CHECKED_AT_ONCE = 65_536  # vectors
 SECONDS = {"h": 3_600, "d": 86_400, "w": 604_800}
 
 
@@ -112,9 +113,10 @@ def _vectors(config: DriftConfig, source: UsageConfig, texts: list[str]) -> NDAr
     vectors_ND = load_vectors(source)
     if len(vectors_ND) != len(texts):
         raise UserError(f"{source.vectors}: {len(vectors_ND)} vectors, but {source.rows} holds {len(texts)} rows")
-    finite_N = np.isfinite(vectors_ND).all(1)
-    if not finite_N.all():
-        raise UserError(f"{source.vectors}: vector {int(finite_N.argmin())} is not finite")
+    for start in range(0, len(vectors_ND), CHECKED_AT_ONCE):
+        finite = np.isfinite(vectors_ND[start : start + CHECKED_AT_ONCE]).all(1)
+        if not finite.all():
+            raise UserError(f"{source.vectors}: vector {start + int(finite.argmin())} is not finite")
     return vectors_ND
 
 

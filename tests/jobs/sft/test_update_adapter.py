@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -228,6 +229,24 @@ def test_refusals_before_anything_is_trained(
     with pytest.raises(UserError, match=message):
         update_adapter.run(config(folder, tmp_path, **filled))
     assert not (tmp_path / "run").exists() and versions.current(tmp_path / "shelf") is None
+
+
+def test_an_adapter_with_magnitudes_too(folder: Path, tmp_path: Path) -> None:
+    """DoRA, as peft writes it: its magnitudes are anchored and trained like the rest."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    get_peft_model(base, lora).save_pretrained(tmp_path / "dora")
+    few = write_rows(tmp_path / "few.jsonl", (row(number, "id") for number in range(8)))
+    update_adapter.run(config(folder, tmp_path, adapter=tmp_path / "dora", rows=str(tmp_path / "few.jsonl")))
+    before, after = (
+        load_file(path / "adapter_model.safetensors") for path in (tmp_path / "dora", tmp_path / "run/adapter")
+    )
+    magnitudes = [name for name in before if "magnitude" in name]
+    assert few == 8 and magnitudes and before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in magnitudes)
+    anchored = load_file(tmp_path / "run" / "anchor.safetensors")
+    assert sum("magnitude" in name for name in anchored) == 2 * len(magnitudes)
 
 
 def test_several_ranks_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
