@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from alignment.apportion import apportion
 from alignment.errors import UserError
 from alignment.rows import Row
 from data_builders.config import BoundsConfig, ConstraintsConfig
-from data_builders.quota import Bounds, fill, within_bounds
+from data_builders.quota import Bounds, within_bounds
 
 NEVER = -1
 
@@ -59,7 +60,7 @@ def draw(
     wanted_X = np.zeros(cells_X.shape[1], np.int64)
     for stratum, quota in enumerate(scheme.quotas_S.tolist()):
         inside = np.flatnonzero(cells_X[0] == stratum)
-        wanted_X[inside] = fill(weights_X[inside], available_X[inside], quota)
+        wanted_X[inside] = apportion(weights_X[inside], quota, available_X[inside])
     bounds = [
         Bounds(f"constraints.{name}.{value}", cells_X[place] == group, of_value.minimum, of_value.maximum)
         for place, (name, by_value) in enumerate(named_bounds(constraints).items(), start=1)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_builders.quota import fill
+from alignment.apportion import apportion
 
 # Each group of languages by its path from the family down.
 GROUPS = {
@@ -70,7 +70,7 @@ def nearest_first(target: Mapping[str, int], pool: Mapping[str, int], budget: in
     """
     wanted_of, left = sorted(target, key=lambda language: (-target[language], language)), dict(pool)
     rows_of = np.array([target[language] for language in wanted_of], np.float64)
-    need = dict(zip(wanted_of, fill(rows_of, np.full(len(target), budget), budget).tolist(), strict=True))
+    need = dict(zip(wanted_of, apportion(rows_of, budget, np.full(len(target), budget)).tolist(), strict=True))
     for level in sorted({proximity(t, p) for t in target for p in pool}, reverse=True):
         for language in wanted_of:
             near = [p for p in left if proximity(language, p) == level]
@@ -81,5 +81,5 @@ def nearest_first(target: Mapping[str, int], pool: Mapping[str, int], budget: in
 
 
 def _in_proportion(rows: Sequence[int], wanted: int) -> list[int]:
-    counts: list[int] = fill(np.array(rows, np.float64), np.array(rows, np.int64), wanted).tolist()
+    counts: list[int] = apportion(rows, wanted, rows).tolist()
     return counts

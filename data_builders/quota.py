@@ -15,12 +15,11 @@ from scipy import sparse
 from scipy.optimize import Bounds as VariableBounds
 from scipy.optimize import LinearConstraint, milp
 
+from alignment.apportion import FUZZ, apportion
 from alignment.errors import UserError
 
 Counts = NDArray[np.integer]
 Amounts = NDArray[np.floating]
-
-FUZZ = 1e-9  # what rounding may have added to an amount that is a whole number
 
 # What a row costs that is not drawn as the quotas say: moved within its cluster (the further a cell is from its amount,
 # the more), drawn of another cluster, not drawn at all, or lacking under a minimum. Each is more than any chain of the
@@ -59,37 +58,6 @@ def deficits(target_C: Amounts, training_C: Counts, budget: int) -> Amounts:
     return np.maximum(0.0, target_C * (training_C.sum() + budget) - training_C)
 
 
-def fill(weights_C: Amounts | Counts, caps_C: Counts, total: int) -> Counts:
-    """Whole numbers in proportion to `weights_C`, none above its cap, that sum to `total` or to what the caps allow.
-
-    n_c = min(cap_c, level x weight_c), rounded by largest remainder (equal remainders: the larger weight, then the
-    earlier cluster). What a cap cuts off goes to the others, in proportion again. No weight, no rows.
-    """
-    counts = np.zeros(len(weights_C), dtype=np.int64)
-    open_C = (weights_C > 0) & (caps_C > 0)
-    rest = min(total, int(caps_C[open_C].sum()))
-    while open_C.any():
-        level = rest / weights_C[open_C].sum()
-        full = open_C & (weights_C * level >= caps_C)
-        if not full.any():
-            break
-        counts[full] = caps_C[full]
-        rest -= int(caps_C[full].sum())
-        open_C &= ~full
-    if open_C.any() and rest > 0:
-        amounts = np.where(open_C, weights_C * (rest / weights_C[open_C].sum()), 0.0)
-        counts += _largest_remainder(amounts, weights_C, rest)
-    return counts
-
-
-def _largest_remainder(amounts_C: Amounts, weights_C: Amounts | Counts, total: int) -> Counts:
-    whole = np.floor(amounts_C + FUZZ).astype(np.int64)
-    remainders = np.round(amounts_C - whole, 9)
-    order = np.lexsort((np.arange(len(whole)), -weights_C, -remainders))
-    whole[order[: total - int(whole.sum())]] += 1
-    return whole
-
-
 def gap_quotas(
     target_C: Amounts, training_C: Counts, available_C: Counts, budget: int, inverse: bool = False
 ) -> Quotas:
@@ -102,8 +70,8 @@ def gap_quotas(
     wanted = deficits(target_C, training_C, budget)
     weights = np.where(wanted > 0, 1.0 / (training_C + 1.0), 0.0) if inverse else wanted
     caps = np.minimum(available_C, np.ceil(wanted - FUZZ).astype(np.int64))
-    gap = fill(weights, caps, budget)
-    beyond = fill(target_C, available_C - gap, budget - int(gap.sum()))
+    gap = apportion(weights, budget, caps)
+    beyond = apportion(target_C, budget - int(gap.sum()), available_C - gap)
     return Quotas(gap, beyond)
 
 

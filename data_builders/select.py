@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import job
+from alignment.apportion import apportion
 from alignment.errors import UserError
 from alignment.ledger import Ledger
 from alignment.progress import track
@@ -25,7 +26,7 @@ from data_builders import clusters, density, proximity, selection_map, selection
 from data_builders.config import SelectConfig
 from data_builders.drawing import NEVER, Scheme, counts_of, draw, named_bounds
 from data_builders.embeddings import check_embedding, embedding_inputs
-from data_builders.quota import deficits, fill, gap_quotas
+from data_builders.quota import deficits, gap_quotas
 from data_builders.selection_sources import NO_LANGUAGE, Rows, Sources, read
 from data_builders.texts import check_texts
 
@@ -95,7 +96,7 @@ def _dbscan(config: SelectConfig, pool: Rows) -> Scheme:
     weights = density.weights(pool.vectors_ND, pool.answers_ND, labels)
     sizes = counts_of(labels, found.clusters)
     inside = labels != density.NOISE
-    quotas = fill(np.bincount(labels[inside], weights[inside], minlength=found.clusters), sizes, config.budget)
+    quotas = apportion(np.bincount(labels[inside], weights[inside], minlength=found.clusters), config.budget, sizes)
     return Scheme(labels, quotas, [f"question cluster {i}" for i in range(found.clusters)], weights, "noise")
 
 

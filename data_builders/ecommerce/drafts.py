@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from alignment.apportion import apportion
 from alignment.fingerprint import text_hash
 from alignment.rows import Row
 from data_builders.ecommerce.families import Task
@@ -54,14 +55,9 @@ class Draft:
 
 
 def quotas(total: int, shares: Mapping[Cell, float]) -> dict[Cell, int]:
-    """`total` by shares, which need not add up to 1: largest remainders, of equal ones the first."""
-    whole = sum(shares.values())
-    exact = {cell: total * share / whole for cell, share in shares.items()}
-    found = {cell: int(value) for cell, value in exact.items()}
-    left = total - sum(found.values())
-    for cell in sorted(exact, key=lambda cell: found[cell] - exact[cell])[:left]:
-        found[cell] += 1
-    return found
+    """`total` by shares, which need not add up to 1."""
+    counts = apportion(list(shares.values()), total, [total] * len(shares))
+    return dict(zip(shares, counts.tolist(), strict=True))
 
 
 def draw_drafts(

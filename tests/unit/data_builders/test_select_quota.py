@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alignment.apportion import apportion
 from alignment.errors import UserError
-from data_builders.quota import Bounds, Counts, deficits, fill, gap_quotas, within_bounds
+from data_builders.quota import Bounds, Counts, deficits, gap_quotas, within_bounds
 
 COUNTS = st.integers(0, 60)
 CASES = st.integers(1, 6).flatmap(
@@ -117,9 +118,9 @@ def test_no_other_draw_leaves_less_total_variation(case: tuple) -> None:
 
 
 def test_fill_gives_what_a_cap_cuts_off_to_the_others() -> None:
-    assert fill(np.array([5.0, 3.0, 2.0]), np.array([2, 99, 99]), 10).tolist() == [2, 5, 3]
-    assert fill(np.array([1.0, 0.0]), np.array([3, 9]), 5).tolist() == [3, 0]
-    assert fill(np.array([1.0, 1.0, 1.0]), np.array([9, 9, 9]), 4).tolist() == [2, 1, 1]
+    assert apportion([5, 3, 2], 10, [2, 99, 99]).tolist() == [2, 5, 3]
+    assert apportion([1, 0], 5, [3, 9]).tolist() == [3, 0]
+    assert apportion([1, 1, 1], 4, [9, 9, 9]).tolist() == [2, 1, 1]
 
 
 # Bounds: two clusters; cells are (cluster, Thai or not)
@@ -170,7 +171,7 @@ def bounded(draw: st.DrawFn) -> tuple[Counts, Counts, Counts, list[Bounds]]:
     several = st.lists(st.integers(0, 9), min_size=len(cells), max_size=len(cells))
     possible, more, start = (np.array(draw(several)) for _ in range(3))
     available = possible + more
-    wanted = fill(start.astype(float) + 1e-6, available, int(possible.sum()))
+    wanted = apportion(start + 1e-6, int(possible.sum()), available)
     found = []
     for column, value in product((1, 2), (0, 1)):
         members = cells[:, column] == value
