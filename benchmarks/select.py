@@ -31,10 +31,11 @@ from numpy.typing import NDArray
 from alignment.rows import write_rows
 from alignment.stats import mean_interval
 from benchmarks import report
-from data_builders import select, selection_sources
-from data_builders.config import SelectConfig
-from data_builders.distances import median_distance, squared_mmd, total_variation
-from data_builders.quota import gap_quotas
+from data_builders import select
+from data_builders.selection.config import SelectConfig
+from data_builders.selection.distances import median_distance, squared_mmd, total_variation
+from data_builders.selection.quota import gap_quotas
+from data_builders.selection.sources import read
 
 METHODS = ("semantic_gap", "linguistic", "random")
 KINDS = ("unrelated", "aligned", "useful")
@@ -133,7 +134,7 @@ def study(folder: Path, kind: str, seed: int) -> dict[str, dict[str, float]]:
         budget=BUDGET,
         vectors={name: folder / f"{name}.npy" for name in ("pool", "target", "training")},
     )
-    sources = selection_sources.read(config)
+    sources = read(config)
     for method in METHODS:
         scheme = select.scheme_of(config.model_copy(update={"method": method}), sources)
         drawn[method] = np.flatnonzero(select.drawn_by(scheme, config, sources.pool))

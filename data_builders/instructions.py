@@ -23,8 +23,9 @@ from alignment.ledger import Ledger
 from alignment.rows import Row, local_inputs, read_rows, write_rows
 from alignment.verify import Verdict, Verifier
 from data_builders import deduplicate
-from data_builders.config import DeduplicateConfig, InstructionsConfig, WriterConfig
+from data_builders.config import DeduplicateConfig
 from data_builders.ecommerce import agents, quality, reasoning, rewriting
+from data_builders.ecommerce.config import InstructionsConfig, WriterConfig
 from data_builders.ecommerce.drafts import Cell, Draft, draw_drafts, quotas
 from data_builders.ecommerce.families import SHARES, missing, shares_of, tasks_for
 from data_builders.ecommerce.report import table

@@ -3,10 +3,10 @@
     python -m data_builders.select --config configs/data/select.yaml
 
 Methods: `semantic_gap` (COMPASS: rows of the clusters of meaning of which the target has more than the training rows;
-data_builders.clusters and quota), `dbscan` (Compass-v2: rows that add much to the others; data_builders.density),
-`linguistic` (rows of the nearest languages; data_builders.proximity) and `random`. Writes rows.jsonl (the rows drawn,
-in the pool's order, each with `selection`), selection.md and selection.json (target, training and selection by cluster
-and language), map.png, clusters.npz and ledger.json. The same settings give the same rows, so a killed run starts over.
+selection.clusters and quota), `dbscan` (Compass-v2: rows that add much to the others; selection.density), `linguistic`
+(rows of the nearest languages; selection.proximity) and `random`. Writes rows.jsonl (the rows drawn, in the pool's
+order, each with `selection`), selection.md and selection.json (target, training and selection by cluster and language),
+map.png, clusters.npz and ledger.json. The same settings give the same rows, so a killed run starts over.
 """
 
 from collections import Counter
@@ -22,12 +22,12 @@ from alignment.errors import UserError
 from alignment.ledger import Ledger
 from alignment.progress import track
 from alignment.rows import Row, count_rows, local_inputs, located_rows, writing_rows
-from data_builders import clusters, density, proximity, selection_map, selection_report, vectors
-from data_builders.config import SelectConfig
-from data_builders.drawing import NEVER, Scheme, counts_of, draw, named_bounds
 from data_builders.embeddings import check_embedding, embedding_inputs
-from data_builders.quota import deficits, gap_quotas
-from data_builders.selection_sources import NO_LANGUAGE, Rows, Sources, read
+from data_builders.selection import clusters, density, picture, proximity, report, vectors
+from data_builders.selection.config import SelectConfig
+from data_builders.selection.drawing import NEVER, Scheme, counts_of, draw, named_bounds
+from data_builders.selection.quota import deficits, gap_quotas
+from data_builders.selection.sources import NO_LANGUAGE, Rows, Sources, read
 from data_builders.texts import check_texts
 
 
@@ -41,11 +41,11 @@ def run(config: SelectConfig) -> None:
         ledger = write(config, sources, scheme, drawn_N, this.dir / "rows.jsonl")
         ledger.write(this.dir / "ledger.json")
         clusters.save(this.dir / "clusters.npz", sources.clusters)
-        report = selection_report.make(config, sources, drawn_N)
-        selection_report.write(config, report, this.dir)
-        selection_map.draw(config, sources, drawn_N, this.dir / "map.png")
+        found = report.make(config, sources, drawn_N)
+        report.write(config, found, this.dir)
+        picture.draw(config, sources, drawn_N, this.dir / "map.png")
         rows = {"rows.in": ledger.rows_in, "rows.out": ledger.rows_out, **ledger.dropped_metrics()}
-        this.finish({**rows, **report.metrics})
+        this.finish({**rows, **found.metrics})
 
 
 def inputs(config: SelectConfig) -> list[Path]:

@@ -20,7 +20,7 @@ from alignment.rollout.sampling import Chunk, sample
 from alignment.rollout.store import Completion
 from alignment.rows import Row
 from alignment.thinking import Fault, Thought, parse
-from data_builders.config import WriterConfig
+from data_builders.ecommerce.config import WriterConfig
 
 Messages = list[dict[str, str]]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from data_builders.config import MixtureOfAgentsConfig
+from data_builders.ecommerce.config import MixtureOfAgentsConfig
 from data_builders.ecommerce.drafts import Draft
 from data_builders.ecommerce.quality import is_refusal
 from data_builders.writers import Messages, Written, write

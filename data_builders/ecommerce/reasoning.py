@@ -14,7 +14,7 @@ from alignment.fingerprint import text_hash
 from alignment.languages import Detector
 from alignment.thinking import Fault, Thought
 from alignment.verify import Claim, Verdict, Verifier
-from data_builders.config import ChainOfThoughtConfig
+from data_builders.ecommerce.config import ChainOfThoughtConfig
 from data_builders.ecommerce.drafts import Draft
 from data_builders.ecommerce.quality import is_foreign
 from data_builders.thinking import check

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alignment.fingerprint import text_hash
 from alignment.languages import Detector
-from data_builders.config import RewriteConfig
+from data_builders.ecommerce.config import RewriteConfig
 from data_builders.ecommerce.drafts import Draft
 from data_builders.ecommerce.quality import is_foreign, is_refusal, numbers, slot_left
 from data_builders.writers import Messages, Written, write

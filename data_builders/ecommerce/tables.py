@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from alignment.answers import to_number
 from alignment.errors import UserError, did_you_mean
 from alignment.rows import Row, located_rows
-from data_builders.config import TableConfig, TablesConfig
+from data_builders.ecommerce.config import TableConfig, TablesConfig
 
 T = TypeVar("T")
 

@@ -55,7 +55,7 @@ def test_the_check_above_sees_every_kind_of_import(tmp_path: Path) -> None:
     assert list(imported_packages(tmp_path / "m.py")) == [(1, "dpo"), (3, "sft"), (4, "a computed name")]
 
 
-@pytest.mark.parametrize("package", LIGHT)
+@pytest.mark.parametrize("package", [*LIGHT, "data_builders.ecommerce", "data_builders.selection"])
 def test_config_imports_no_torch(package: str) -> None:
     script = f"import sys, {package}.config; sys.exit(bool({{'torch', 'transformers', 'vllm'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -94,11 +94,11 @@ JOBS = {
     "data_builders.decontaminate": "data_builders.config.DecontaminateConfig",
     "data_builders.deduplicate": "data_builders.config.DeduplicateConfig",
     "data_builders.languages": "data_builders.config.LanguagesConfig",
-    "data_builders.select": "data_builders.config.SelectConfig",
+    "data_builders.select": "data_builders.selection.config.SelectConfig",
     "data_builders.drift": "data_builders.config.DriftConfig",
     "data_builders.embed": "data_builders.config.EmbedConfig",
     "data_builders.long_cot": "data_builders.config.LongCoTConfig",
-    "data_builders.instructions": "data_builders.config.InstructionsConfig",
+    "data_builders.instructions": "data_builders.ecommerce.config.InstructionsConfig",
     "dpo.train": "dpo.config.DPOConfig",
     "dpo.online": "dpo.config.OnlineConfig",
 }

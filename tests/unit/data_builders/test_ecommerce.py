@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from alignment.answers import to_number
 from alignment.errors import UserError
 from alignment.verify import Claim, Verdict, settle
-from data_builders.config import TablesConfig
+from data_builders.ecommerce.config import TablesConfig
 from data_builders.ecommerce.drafts import Draft, draw_drafts, quotas, shuffled
 from data_builders.ecommerce.families import SHARES, TASKS, missing, shares_of, tasks_for
 from data_builders.ecommerce.products import round_down, round_up

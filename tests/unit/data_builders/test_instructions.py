@@ -21,8 +21,8 @@ from alignment.errors import UserError
 from alignment.languages import detector
 from alignment.rows import Row, read_rows
 from data_builders import instructions
-from data_builders.config import InstructionsConfig, WriterConfig
 from data_builders.ecommerce.agents import SYNTHESIZE
+from data_builders.ecommerce.config import InstructionsConfig, WriterConfig
 from data_builders.ecommerce.drafts import Draft
 from data_builders.ecommerce.quality import is_foreign, reject
 from data_builders.ecommerce.rewriting import spoilt

@@ -12,9 +12,11 @@ import pytest
 
 from alignment.errors import UserError
 from alignment.rows import Row, count_rows, read_rows, write_rows
-from data_builders import drawing, select, selection_map, selection_sources
-from data_builders.config import EmbeddingConfig, SelectConfig
+from data_builders import select
+from data_builders.config import EmbeddingConfig
 from data_builders.embeddings import Embedded
+from data_builders.selection import drawing, picture, sources
+from data_builders.selection.config import SelectConfig
 
 CENTRES = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0][:8]  # eight directions, orthogonal
 LANGUAGES = ("th", "id", "en")
@@ -58,7 +60,7 @@ def make(tmp_path: Path) -> Make:
 
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection_map, "DOTS_PER_INCH", 40)
+    monkeypatch.setattr(picture, "DOTS_PER_INCH", 40)
 
 
 def drawn(config: SelectConfig) -> list[Row]:
@@ -243,7 +245,7 @@ def test_the_command_embeds_texts(
         made = np.array([np.random.default_rng(len(text)).normal(size=8) for text in texts], np.float32)
         return Embedded(made, np.arange(len(made)) < 2)
 
-    monkeypatch.setattr(selection_sources, "embedded", stand_in)
+    monkeypatch.setattr(sources, "embedded", stand_in)
     monkeypatch.setattr(select, "check_embedding", lambda config: None)
     rows = [
         {"messages": [{"role": "user", "content": "?" * (1 + i % 4)}, {"role": "assistant", "content": "!" * (5 + i)}]}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.cluster import DBSCAN
 
-from data_builders import clusters, density, proximity, vectors
-from data_builders.config import DBSCANConfig
-from data_builders.distances import median_distance, squared_mmd, total_variation
+from data_builders.selection import clusters, density, proximity, vectors
+from data_builders.selection.config import DBSCANConfig
+from data_builders.selection.distances import median_distance, squared_mmd, total_variation
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

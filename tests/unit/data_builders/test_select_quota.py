@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from alignment.apportion import apportion
 from alignment.errors import UserError
-from data_builders.quota import Bounds, Counts, deficits, gap_quotas, within_bounds
+from data_builders.selection.quota import Bounds, Counts, deficits, gap_quotas, within_bounds
 
 COUNTS = st.integers(0, 60)
 CASES = st.integers(1, 6).flatmap(

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import atomic
-from data_builders.config import SelectConfig
-from data_builders.distances import median_distance, squared_mmd, total_variation
-from data_builders.drawing import counts_of
-from data_builders.quota import deficits, gap_quotas
-from data_builders.selection_sources import Rows, Sources
-from data_builders.vectors import Vectors, sample, take
+from data_builders.selection.config import SelectConfig
+from data_builders.selection.distances import median_distance, squared_mmd, total_variation
+from data_builders.selection.drawing import counts_of
+from data_builders.selection.quota import deficits, gap_quotas
+from data_builders.selection.sources import Rows, Sources
+from data_builders.selection.vectors import Vectors, sample, take
 
 MMD_ROWS = 2_000
 TABLE_ROWS = 40  # of selection.md; selection.json has all

@@ -17,8 +17,8 @@ from xxhash import xxh3_64_intdigest
 from alignment.apportion import apportion
 from alignment.errors import UserError
 from alignment.rows import Row
-from data_builders.config import BoundsConfig, ConstraintsConfig
-from data_builders.quota import Bounds, within_bounds
+from data_builders.selection.config import BoundsConfig, ConstraintsConfig
+from data_builders.selection.quota import Bounds, within_bounds
 
 NEVER = -1
 

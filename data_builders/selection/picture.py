@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
 from alignment import atomic
-from data_builders.config import SelectConfig
-from data_builders.selection_sources import Sources
-from data_builders.vectors import sample, take
+from data_builders.selection.config import SelectConfig
+from data_builders.selection.sources import Sources
+from data_builders.selection.vectors import sample, take
 
 Array = NDArray[np.floating]
 
