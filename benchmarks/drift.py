@@ -43,7 +43,7 @@ CONFIG = DriftConfig.model_validate(
         "reference": {"rows": "unused", "vectors": "unused"},
         "stream": {"rows": "unused", "vectors": "unused"},
         "clusters": 16,
-        "permutations": 299,
+        "permutations": 999,
         "block": 150,
     }
 )
