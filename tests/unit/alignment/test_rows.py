@@ -105,7 +105,7 @@ def test_no_rows_no_file_no_known_suffix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("torn.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 5000)[:-12], "damaged gzip file after line "),
+        ("torn.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 5000, mtime=0)[:-12], "damaged gzip file after line "),
         ("not.jsonl.gz", b"plain text", "damaged gzip file after line 0: "),
         ("not.parquet", b"plain text", "damaged Parquet file after row 0: "),
         ("empty.parquet", b"", "damaged Parquet file after row 0: "),
@@ -126,7 +126,7 @@ def test_rows_are_counted_for_a_progress_bar(tmp_path: Path, name: str, rows: in
 
 
 def test_rows_that_cannot_be_counted(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x")[:-5])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"x", mtime=0)[:-5])
     assert (count_rows("some/set"), count_rows(tmp_path), count_rows(tmp_path / "gone.jsonl")) == (None, 0, 0)
 
 
@@ -168,7 +168,7 @@ def test_a_json_file_holds_a_list_or_lines(tmp_path: Path, text: str, pack: Call
     [
         ("rows.json", b'[{"a": 1}, 2]', "rows.json row 2: expected a JSON object"),
         ("rows.json", b'[{"a": 1}', "rows.json: malformed JSON"),
-        ("rows.json.gz", gzip.compress(b'[{"a": 1}]')[:-9], "rows.json.gz: damaged gzip file"),
+        ("rows.json.gz", gzip.compress(b'[{"a": 1}]', mtime=0)[:-9], "rows.json.gz: damaged gzip file"),
     ],
 )
 def test_a_damaged_json_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
