@@ -31,7 +31,7 @@ from alignment.grading import GradedChunk, GradedSample
 from alignment.ledger import Ledger
 from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import Engine, fault_metrics
+from alignment.rollout.samples import Engine, fault_metrics, route_metrics
 from alignment.rollout.sampling import WHOLE, Shard, sample
 from alignment.rows import Row, first_rows, local_inputs
 from alignment.tally import Tally
@@ -85,7 +85,7 @@ def build(
         for chunk in judged(engine, tokenizer, prompts, config, folder, tally, seed=seed, total=total):
             writer.add(chunk)
     warn_of_alarms(str(folder), tally.verdicts)
-    return {**writer.counts(), **_sampled(tally), **fault_metrics(engine)}
+    return {**writer.counts(), **_sampled(tally), **fault_metrics(engine), **route_metrics(engine)}
 
 
 def judged(
@@ -133,7 +133,7 @@ def judge_shard(
     )
     for _ in chunks:
         pass
-    return {**_sampled(tally), **fault_metrics(engine)}
+    return {**_sampled(tally), **fault_metrics(engine), **route_metrics(engine)}
 
 
 def _sampled(tally: Tally) -> Numbers:
