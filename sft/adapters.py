@@ -4,8 +4,8 @@
     python -m sft.train --config runs/adapters/configs/th.yaml      # one of them, here or on another machine
 
 The rows are split by their `language` (sft.by_language: rows/, rejects.jsonl, ledger.json). Each group is then a run
-of sft.train in `output_dir/GROUP`, resumed on its own, its adapter in `output_dir/GROUP/adapter`; so is `joint`, trained
-on the rows of all groups together by the same recipe, in as many steps as they take one by one. With `evaluation` every
+of sft.train in `output_dir/GROUP`, resumed on its own, its adapter in `output_dir/GROUP/adapter`; so is `joint`, on the
+rows of all groups together, by the same recipe and in as many steps as they take one by one. With `evaluation` every
 adapter is measured on every language (sft.interference): interference.md, interference.png and losses/, row by row.
 With `launch` each is trained on the ranks of that launcher config, in processes of its own.
 """
