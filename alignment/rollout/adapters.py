@@ -4,16 +4,21 @@ The adapters lie beside one copy of the model, and prompts of several share a ba
 adapters have to be merged; and on what it serves: linear layers, not the routed experts' stacked weights.
 """
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+from vllm.platforms import current_platform
 
-from alignment.adapters import check_adapter_folder, put_on
+from alignment.adapters import WEIGHTS, check_adapter_folder, put_on
 from alignment.config import EngineConfig, ModelConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.fingerprint import value_hash, weights_hash
@@ -29,7 +34,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.31 makes room for
 class AdapterEngine(VLLMEngine):
     """As VLLMEngine, with an adapter for each language in `config.adapters`; `weights` is the hash of them all.
 
-    Every adapter's log-probabilities are compared with those of peft.
+    The log-probabilities of each, and of the model alone, are compared with those of transformers and peft.
     """
 
     def __init__(self, model: Path, config: EngineConfig, *, dtype: str = "float32", verify: bool = True) -> None:
@@ -47,11 +52,11 @@ class AdapterEngine(VLLMEngine):
             language: LoRARequest(hashes[language], numbers[hashes[language]], str(folder.resolve()))
             for language, folder in config.adapters.items()
         }
-        super().__init__(model, config, dtype=dtype, verify=verify)
+        with _experts_as_without_adapters():
+            super().__init__(model, config, dtype=dtype, verify=verify)
         self.weights = value_hash({"model": self.weights, "adapters": hashes})
         if verify:
-            for language, folder in config.adapters.items():
-                self._prove_adapter(model, language, folder)
+            self._prove_adapters(model, config.adapters)
 
     def generate_with(
         self,
@@ -62,8 +67,7 @@ class AdapterEngine(VLLMEngine):
         stop: Sequence[int],
     ) -> list[list[Sample]]:
         """As `generate`, each prompt by the adapter of a language; None: by the model alone."""
-        requests = [None if language is None else self._adapters[language] for language in adapters]
-        return self._generate(prompts, seeds, sampling, stop, requests)
+        return self._generate(prompts, seeds, sampling, stop, [self._request(language) for language in adapters])
 
     def load_weights(self, folder: Path) -> Proof | None:
         """
@@ -74,20 +78,53 @@ class AdapterEngine(VLLMEngine):
 
     def _options(self, config: EngineConfig) -> dict[str, Any]:
         places = len({request.lora_int_id for request in self._adapters.values()})
-        return super()._options(config) | {"enable_lora": True, "max_loras": places, "max_lora_rank": self._rank}
+        # vLLM's kernels for CPUs take the last place for a prompt without an adapter (torch_ops.lora_ops indexes it by
+        # -1): one more than there are adapters stays empty, and adds nothing.
+        places += self._on_cpu
+        # Without names vLLM wraps routed experts too, and the head, with which on a CPU it cannot score prompts.
+        targets = sorted({name for folder in config.adapters.values() for name in targets_of(folder)})
+        lora = {"enable_lora": True, "max_loras": places, "max_lora_rank": self._rank, "lora_target_modules": targets}
+        return super()._options(config) | lora
 
-    def _prove_adapter(self, model: Path, language: str, folder: Path) -> None:
-        """
+    def _prove_adapters(self, model: Path, folders: Mapping[str, Path]) -> None:
+        """Compare the model alone and every adapter, as they answer beside each other in one batch.
+
         Raises:
-            RuntimeError: vLLM does not serve what peft makes of the adapter.
+            UserError: an adapter of another model.
+            RuntimeError: vLLM does not serve what transformers and peft make of them.
         """
         source = ModelConfig.model_validate({"path": str(model), "dtype": self._dtype})
-        base = load_pretrained(AutoModelForCausalLM, source, dtype=getattr(torch, self._dtype))
-        expected = logprobs_of(put_on(base, folder, str(model)).eval(), self._probe)
-        [now] = self.logprobs([self._probe], self._adapters[language])
-        gap = mean_gap(now, expected)
-        if not gap <= GATE[self._dtype]:
-            raise RuntimeError(mismatch(f"engine.adapters.{language}: {folder}", gap, self._dtype))
+        asked = [None, *folders]
+        found = self.logprobs([self._probe] * len(asked), [self._request(language) for language in asked])
+        for language, now in zip(asked, found, strict=True):
+            answering = load_pretrained(AutoModelForCausalLM, source, dtype=getattr(torch, self._dtype))
+            what = str(model) if language is None else f"engine.adapters.{language}: {folders[language]}"
+            whole = answering if language is None else put_on(answering, folders[language], str(model))
+            gap = mean_gap(now, logprobs_of(whole.eval(), self._probe))
+            if not gap <= GATE[self._dtype]:
+                raise RuntimeError(mismatch(what, gap, self._dtype))
+
+    def _request(self, language: str | None) -> LoRARequest | None:
+        return None if language is None else self._adapters[language]
+
+
+@contextmanager
+def _experts_as_without_adapters() -> Iterator[None]:
+    """Let a mixture's routed experts, which no adapter is on, run by the kernel that they have without adapters.
+
+    vLLM 0.31 asks for one that could adapt them, which is in Triton, and there is none on a CPU.
+    """
+    if not current_platform.is_cpu():
+        yield
+        return
+    select = unquantized_fused_moe_method.select_unquantized_moe_backend
+    unquantized_fused_moe_method.select_unquantized_moe_backend = lambda moe_config: select(
+        dataclasses.replace(moe_config, is_lora_enabled=False)
+    )
+    try:
+        yield
+    finally:
+        unquantized_fused_moe_method.select_unquantized_moe_backend = select
 
 
 def rank_of(folder: Path) -> int:
@@ -105,3 +142,9 @@ def rank_of(folder: Path) -> int:
     if config["r"] > RANKS[-1]:
         raise UserError(f"{folder}: rank {config['r']}, expected at most {RANKS[-1]}, which vLLM takes")
     return int(config["r"])
+
+
+def targets_of(folder: Path) -> set[str]:
+    """The ends of the names of the modules that an adapter adapts."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return {name.rpartition(".lora_")[0].rpartition(".")[2] for name in file.keys()}  # noqa: SIM118

@@ -157,10 +157,12 @@ class VLLMEngine(Closing):
         outputs = iter(self._run(requests, params, of_request))
         return [[_sample(next(outputs).outputs[0]) for _ in own] for own in seeds]
 
-    def logprobs(self, token_ids: Sequence[Sequence[int]], adapter: LoRARequest | None = None) -> list[list[float]]:
+    def logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[LoRARequest | None] | None = None
+    ) -> list[list[float]]:
         """Log-probability of each token but the first, for each sequence."""
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(token_ids, [params] * len(token_ids), [adapter] * len(token_ids))
+        outputs = self._run(token_ids, [params] * len(token_ids), adapters or [None] * len(token_ids))
         return [
             [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, token_ids, strict=True)
