@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from alignment import adapters, job, models
+from alignment import job, models
 from alignment.config import EngineConfig, JobConfig, ModelConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.grading import grade, language_of, read_graded, writing
@@ -21,6 +21,7 @@ from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
 from alignment.rollout.samples import fault_metrics, route_metrics
 from alignment.rollout.sampling import sample
+from alignment.rollout.served import rank_of
 from alignment.rows import Row, first_rows, local_inputs, read_rows, write_rows
 from alignment.stats import mean_interval, paired_interval
 from alignment.tally import Tally
@@ -180,7 +181,7 @@ def plan(config: EvaluateConfig) -> list[str]:
     models.check_model(ModelConfig(path=config.model))
     first_rows(config.prompts, "prompt")
     for folder in config.engine.adapters.values():
-        adapters.check_adapter_folder(folder)
+        rank_of(folder)
     check_room(config.engine, config.sampling)
     where = place(config.engine)
     return [f"{config.sampling.n} samples a prompt of {config.prompts} from {config.model}, drawn {where}"]

@@ -5,20 +5,18 @@ adapters have to be merged; and on what it serves: linear layers, not the routed
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 from vllm.platforms import current_platform
 
-from alignment.adapters import WEIGHTS, check_adapter_folder, put_on
+from alignment.adapters import put_on
 from alignment.config import EngineConfig, ModelConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.fingerprint import value_hash, weights_hash
@@ -27,8 +25,7 @@ from alignment.rollout.engine import VLLMEngine
 from alignment.rollout.proof import GATE, Proof, logprobs_of, mean_gap, mismatch
 from alignment.rollout.routes import Routes
 from alignment.rollout.samples import Sample
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.31 makes room for
+from alignment.rollout.served import RANKS, rank_of, targets_of
 
 
 class AdapterEngine(VLLMEngine):
@@ -125,26 +122,3 @@ def _experts_as_without_adapters() -> Iterator[None]:
         yield
     finally:
         unquantized_fused_moe_method.select_unquantized_moe_backend = select
-
-
-def rank_of(folder: Path) -> int:
-    """The rank of an adapter that vLLM can serve.
-
-    Raises:
-        UserError: not an adapter's folder, or an adapter of another kind.
-    """
-    check_adapter_folder(folder)
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("use_dora"):
-        raise UserError(f"{folder}: vLLM serves no DoRA adapter beside a model; merge it: `alignment merge`")
-    if experts := [name for name in config.get("target_parameters") or () if ".experts." in f".{name}"]:
-        raise UserError(f"{folder}: adapts routed experts ({experts[0]}), which is not served; merge it")
-    if config["r"] > RANKS[-1]:
-        raise UserError(f"{folder}: rank {config['r']}, expected at most {RANKS[-1]}, which vLLM takes")
-    return int(config["r"])
-
-
-def targets_of(folder: Path) -> set[str]:
-    """The ends of the names of the modules that an adapter adapts."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        return {name.rpartition(".lora_")[0].rpartition(".")[2] for name in file.keys()}  # noqa: SIM118
