@@ -18,12 +18,12 @@ INK, SOFT = "#1c1f23", "#5d636b"
 # Better than the other, the same, worse: told apart by every kind of eye, and by their lightness from nothing.
 COLOURS = LinearSegmentedColormap.from_list("change", ["#2166ac", "#a9cbe3", "#f7f7f5", "#f2b896", "#b2401b"])
 LEAST_REACH = 0.05  # nats: smaller changes than that look even
-CELL, MARGIN = (1.05, 0.62), (2.1, 1.5)  # inches
-FAINT = 0.55  # share of the reach from which a cell is dark, and its text white
+CELL, MARGIN = (1.05, 0.62), (2.1, 1.8)  # inches
+FAINT = 0.72  # share of the reach from which a cell is dark, and its text white
 
 
 def draw(found: Matrix, groups: Mapping[str, Sequence[str]], path: Path) -> None:
-    """Write `path`, a PNG: changes in nats, framed where the language is the adapter's own, grey where not certain."""
+    """Write `path`, a PNG: changes in nats; an adapter's own languages are framed, uncertain changes in brackets."""
     others = [name for name in (BASE, JOINT) if name in found]
     columns, rows = len(found[BASE]), len(found) - 1
     width = len(others) * (MARGIN[0] + CELL[0] * columns)
@@ -38,6 +38,7 @@ def draw(found: Matrix, groups: Mapping[str, Sequence[str]], path: Path) -> None
     bar.set_label("change of the loss, nats a token", fontsize=9, color=SOFT)
     bar.ax.tick_params(labelsize=8.5, colors=SOFT, length=0)
     bar.outline.set_visible(False)
+    figure.supxlabel("framed: an adapter's own languages; in brackets: no certain change (95%)", fontsize=9, color=SOFT)
     with atomic.replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
