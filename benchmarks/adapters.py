@@ -26,6 +26,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ BUDGET, SEEDS, CLUSTERS = 400, 3, 12
 THAI = (2_000, 4_000)  # rows for the base, and in the pool
 LONGEST = 240  # characters of a text
 PROMPT = [{"role": "user", "content": "?"}]
-SHAPE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY, CAPACITY, BATCH = 4096, 512, 64
 
 Array = NDArray[np.float64]

@@ -114,11 +114,10 @@ def _experts_as_without_adapters() -> Iterator[None]:
     if not current_platform.is_cpu():
         yield
         return
-    select = unquantized_fused_moe_method.select_unquantized_moe_backend
-    unquantized_fused_moe_method.select_unquantized_moe_backend = lambda moe_config: select(
-        dataclasses.replace(moe_config, is_lora_enabled=False)
-    )
+    chooser: Any = unquantized_fused_moe_method
+    select = chooser.select_unquantized_moe_backend
+    chooser.select_unquantized_moe_backend = lambda config: select(dataclasses.replace(config, is_lora_enabled=False))
     try:
         yield
     finally:
-        unquantized_fused_moe_method.select_unquantized_moe_backend = select
+        chooser.select_unquantized_moe_backend = select
