@@ -48,7 +48,8 @@ MEASURED = 8  # prompts that a dry run samples
 
 
 def run(config: PreferencesConfig) -> None:
-    inputs = local_inputs(config.model, *(s.rows for s in config.all_sources.values()), *config.reward_models)
+    rows = (source.rows for source in config.all_sources.values())
+    inputs = local_inputs(config.model, *rows, *config.reward_models, *config.engine.adapters.values())
     own = config.model_copy(update={"output_dir": config.run_dir})
     with job.Job.open("data_builders.preferences", own, list(dict.fromkeys(inputs)), BY_SHARDS) as this:
         if this.done:
