@@ -47,7 +47,7 @@ def peft_config(lora: LoRAConfig, model: PreTrainedModel) -> LoraConfig:
     experts' weights (`experts.down_proj`). By default all projections but those of routed experts; never the router.
 
     Raises:
-        UserError: a target that names nothing, or dropout where peft adapts a weight instead of a module.
+        UserError: a target that names nothing, or dropout or DoRA where peft adapts a weight instead of a module.
     """
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
@@ -61,15 +61,18 @@ def peft_config(lora: LoRAConfig, model: PreTrainedModel) -> LoraConfig:
             weights.append(f"{target}.weight")
         else:
             modules.append(target)
-    if weights and lora.dropout:
+    if weights and (lora.dropout or lora.dora):
+        key, value, name = ("dora", "true", "DoRA") if lora.dora else ("dropout", lora.dropout, "dropout")
         raise UserError(
-            f"lora.dropout: {lora.dropout} found, expected 0: peft has no dropout for weights of a mixture of experts\n"
+            f"lora.{key}: {value} found, expected {'false' if lora.dora else 0}: peft has no {name} for weights of a "
+            "mixture of experts\n"
             f"or leave these out of lora.targets: {', '.join(name.removesuffix('.weight') for name in weights)}"
         )
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
+        use_dora=lora.dora,
         target_modules=modules,
         target_parameters=weights or None,
         task_type="CAUSAL_LM",

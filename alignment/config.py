@@ -233,6 +233,9 @@ class LoRAConfig(Config):
     targets: list[str] | None = Field(
         None, min_length=1, description="ends of module names, as q_proj; default: attention, dense and shared experts"
     )
+    dora: bool = Field(
+        False, description="also train the lengths of the weights' columns (Liu et al. 2024, DoRA, arXiv 2402.09353)"
+    )
     merge: bool = Field(True, description="also write the merged model, an ordinary folder")
 
 
@@ -300,11 +303,23 @@ class EngineConfig(Config):
     endpoints: list[str] = Field([], description="addresses of `alignment.rollout.serve`, as http://host:8000")
     requests: RequestsConfig = RequestsConfig()
     ray_replicas: int = Field(0, ge=0, description="copies of the model over a Ray cluster; 0: no Ray")
+    adapters: dict[str, Path] = Field(
+        {}, description="language -> the folder of the adapter that answers prompts in it; others the model alone"
+    )
+    detect: list[str] = Field(
+        ["en", "zh", "id", "ms", "th", "vi", "tl", "pt"],
+        description="with adapters: what prompts without a `language` may be in besides theirs, ISO 639-1 codes",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         if bool(self.endpoints) + bool(self.ray_replicas) + (self.data_parallel_size > 1) > 1:
             raise ValueError("data_parallel_size, endpoints and ray_replicas exclude each other")
+        if self.adapters and (self.endpoints or self.ray_replicas or self.data_parallel_size > 1):
+            raise ValueError(
+                "adapters are served by the engine of this process, without data_parallel_size, endpoints "
+                "and ray_replicas"
+            )
         return self
 
     @field_validator("endpoints")

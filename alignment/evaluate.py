@@ -19,8 +19,9 @@ from alignment.errors import UserError
 from alignment.grading import grade, language_of, read_graded, writing
 from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import fault_metrics
+from alignment.rollout.samples import fault_metrics, route_metrics
 from alignment.rollout.sampling import sample
+from alignment.rollout.served import rank_of
 from alignment.rows import Row, first_rows, local_inputs, read_rows, write_rows
 from alignment.stats import mean_interval, paired_interval
 from alignment.tally import Tally
@@ -50,7 +51,7 @@ class EvaluateConfig(JobConfig):
 
 
 def run(config: EvaluateConfig) -> None:
-    with job.Job.open("alignment.evaluate", config, local_inputs(config.model, config.prompts)) as this:
+    with job.Job.open("alignment.evaluate", config, _inputs(config)) as this:
         if this.done:
             return
         prompts = read_prompts(config.prompts)
@@ -61,6 +62,10 @@ def run(config: EvaluateConfig) -> None:
             else:
                 metrics = evaluate(engine, Path(config.model), prompts, *settings, this.dir)
         this.finish(metrics)
+
+
+def _inputs(config: EvaluateConfig) -> list[Path]:
+    return local_inputs(config.model, config.prompts, *config.engine.adapters.values())
 
 
 def read_prompts(source: str) -> list[Row]:
@@ -93,7 +98,7 @@ def evaluate(
     warn_of_alarms(str(folder / "graded.parquet"), tally.verdicts)
     write_rows(folder / "by_prompt.jsonl", by_prompt(folder / "graded.parquet", prompts))
     counts = {"prompts.too_long": tally.too_long, "samples.resampled": tally.resampled}
-    return summarize(folder) | counts | fault_metrics(engine)
+    return summarize(folder) | counts | fault_metrics(engine) | route_metrics(engine)
 
 
 def evaluate_modes(
@@ -175,6 +180,8 @@ def pass_rate(row: Row) -> float:
 def plan(config: EvaluateConfig) -> list[str]:
     models.check_model(ModelConfig(path=config.model))
     first_rows(config.prompts, "prompt")
+    for folder in config.engine.adapters.values():
+        rank_of(folder)
     check_room(config.engine, config.sampling)
     where = place(config.engine)
     return [f"{config.sampling.n} samples a prompt of {config.prompts} from {config.model}, drawn {where}"]

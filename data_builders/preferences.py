@@ -31,7 +31,7 @@ from alignment.grading import GradedChunk, GradedSample
 from alignment.ledger import Ledger
 from alignment.rollout import open_engine, place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import Engine, fault_metrics
+from alignment.rollout.samples import Engine, fault_metrics, route_metrics
 from alignment.rollout.sampling import WHOLE, Shard, sample
 from alignment.rows import Row, first_rows, local_inputs
 from alignment.tally import Tally
@@ -48,7 +48,8 @@ MEASURED = 8  # prompts that a dry run samples
 
 
 def run(config: PreferencesConfig) -> None:
-    inputs = local_inputs(config.model, *(s.rows for s in config.all_sources.values()), *config.reward_models)
+    rows = (source.rows for source in config.all_sources.values())
+    inputs = local_inputs(config.model, *rows, *config.reward_models, *config.engine.adapters.values())
     own = config.model_copy(update={"output_dir": config.run_dir})
     with job.Job.open("data_builders.preferences", own, list(dict.fromkeys(inputs)), BY_SHARDS) as this:
         if this.done:
@@ -85,7 +86,7 @@ def build(
         for chunk in judged(engine, tokenizer, prompts, config, folder, tally, seed=seed, total=total):
             writer.add(chunk)
     warn_of_alarms(str(folder), tally.verdicts)
-    return {**writer.counts(), **_sampled(tally), **fault_metrics(engine)}
+    return {**writer.counts(), **_sampled(tally), **fault_metrics(engine), **route_metrics(engine)}
 
 
 def judged(
@@ -133,7 +134,7 @@ def judge_shard(
     )
     for _ in chunks:
         pass
-    return {**_sampled(tally), **fault_metrics(engine)}
+    return {**_sampled(tally), **fault_metrics(engine), **route_metrics(engine)}
 
 
 def _sampled(tally: Tally) -> Numbers:

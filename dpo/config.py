@@ -138,4 +138,6 @@ class OnlineConfig(BuildConfig, JobConfig):
     def _a_model_to_sample_from(self) -> Self:
         if self.lora is not None and not self.lora.merge:
             raise ValueError("lora.merge: the engine samples from the merged model, so it has to be true")
+        if self.engine.adapters:
+            raise ValueError("engine.adapters: a policy whose weights change has none; merge the adapter first")
         return self

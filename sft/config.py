@@ -1,5 +1,6 @@
 """Configuration of supervised fine-tuning. Imports no torch."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -256,3 +257,51 @@ class UpdateConfig(JobConfig):
             packing=self.packing,
             training=self.training,
         )
+
+
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+BASE, JOINT = "base", "joint"  # beside the groups: no adapter, and one for all of their rows
+
+
+class AdaptersConfig(JobConfig):
+    """One adapter for each language, or group of languages, from one recipe; see sft.adapters."""
+
+    base: SFTSettings = Field(description="a config of sft.train with `lora`; its sources hold all languages")
+    groups: dict[str, list[str]] | None = Field(
+        None, min_length=1, description="name -> languages; default: a group for each language of the rows"
+    )
+    identify: list[str] = Field(
+        [],
+        description="languages that rows without a `language` may be in, which are then identified, as ISO 639-1 "
+        "codes; default: such a row is refused",
+    )
+    minimum_rows: int = Field(50, ge=1, description="a group with fewer rows is refused")
+    joint: bool = Field(True, description="train one adapter on the rows of all groups, to compare with")
+    launch: Path | None = Field(None, description="a launcher config of configs/accelerate; default: one process")
+    evaluation: str | None = Field(
+        None, description="held-out rows with `messages` and `language`: every adapter is measured on each language"
+    )
+
+    @model_validator(mode="after")
+    def _an_adapter(self) -> Self:
+        if self.base.lora is None:
+            raise ValueError("base.lora is missing: it says what an adapter is")
+        return self
+
+    @field_validator("groups")
+    @classmethod
+    def _groups(cls, given: dict[str, list[str]] | None) -> dict[str, list[str]] | None:
+        languages = [language for group in (given or {}).values() for language in group]
+        for name, group in (given or {}).items():
+            if not GROUP_NAME.fullmatch(name) or name in (BASE, JOINT):
+                raise ValueError(f"{name!r} is no name for a group: letters, digits, _ and -, and not base or joint")
+            if not group:
+                raise ValueError(f"{name!r} has no language")
+            if twice := [language for language in group if languages.count(language) > 1]:
+                raise ValueError(f"{twice[0]!r} is in two groups, or twice in one")
+        return given
+
+    def variant(self, name: str, sources: list[SourceConfig]) -> SFTConfig:
+        """The config of one group's run on these rows."""
+        settings = {field: getattr(self.base, field) for field in SFTSettings.model_fields}
+        return SFTConfig(**settings | {"sources": sources}, seed=self.seed, output_dir=self.output_dir / name)

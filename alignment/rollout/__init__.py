@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from alignment.config import EngineConfig
 
 if TYPE_CHECKING:
+    from alignment.rollout.adapters import AdapterEngine
     from alignment.rollout.endpoints import EndpointEngine
     from alignment.rollout.engine import VLLMEngine
     from alignment.rollout.ray_data import RayEngine
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
-def open_engine(model: Path, config: EngineConfig, dtype: str) -> "EndpointEngine | RayEngine | VLLMEngine":
+def open_engine(
+    model: Path, config: EngineConfig, dtype: str
+) -> "AdapterEngine | EndpointEngine | RayEngine | VLLMEngine":
     """The engine that `config` names, with the weights of `model`. Use as a context manager, or `close()` it."""
     if config.endpoints:
         from alignment.rollout.endpoints import EndpointEngine
@@ -29,6 +32,10 @@ def open_engine(model: Path, config: EngineConfig, dtype: str) -> "EndpointEngin
         from alignment.rollout.ray_data import RayEngine
 
         return RayEngine(model, config, dtype=dtype)
+    if config.adapters:
+        from alignment.rollout.adapters import AdapterEngine
+
+        return AdapterEngine(model, config, dtype=dtype)
     from alignment.rollout.engine import VLLMEngine
 
     return VLLMEngine(model, config, dtype=dtype)
@@ -42,4 +49,6 @@ def place(config: EngineConfig) -> str:
         return f"by {config.ray_replicas} Ray replicas"
     if config.data_parallel_size > 1:
         return f"by {config.data_parallel_size} servers on this machine, {config.tensor_parallel_size} device(s) each"
+    if config.adapters:
+        return f"in this process, by adapters for {', '.join(sorted(config.adapters))}"
     return "in this process"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from alignment.chat import THINK_END, THINK_START
 from alignment.config import SamplingConfig
 from alignment.errors import UserError
-from alignment.rollout.samples import Engine, Sample
+from alignment.rollout.samples import Engine, Sample, generate
 from alignment.rollout.seeds import sample_seed
 
 
@@ -38,8 +38,11 @@ def generate_within(
     sampling: SamplingConfig,
     stop: Sequence[int],
     marks: Marks,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[list[Sample]]:
     """As `engine.generate`, with at most `sampling.thinking_budget` tokens before an answer's thinking is closed.
+
+    Each prompt is answered by one of an engine's adapters where some are given; see samples.Routed.
 
     Raises:
         UserError: the budget leaves no room for an answer.
@@ -52,20 +55,21 @@ def generate_within(
             f"sampling.thinking_budget: {budget} and the {len(marks.close)} tokens that close the thinking leave no "
             f"room for an answer in max_tokens {sampling.max_tokens}"
         )
-    first = engine.generate(prompts, seeds, sampling.model_copy(update={"max_tokens": budget}), stop)
+    chosen = [None] * len(prompts) if adapters is None else adapters
+    first = generate(engine, chosen, prompts, seeds, sampling.model_copy(update={"max_tokens": budget}), stop)
     begun = [
-        (prompt, own, part)
-        for prompt, of_prompt, parts in zip(prompts, seeds, first, strict=True)
+        (adapter, prompt, own, part)
+        for adapter, prompt, of_prompt, parts in zip(chosen, prompts, seeds, first, strict=True)
         for own, part in zip(of_prompt, parts, strict=True)
         if part.finish_reason == "length"
     ]
     rest = sampling.model_copy(update={"max_tokens": left})
-    put_in = [marks.close if thinks(part.token_ids, marks) else [] for _, _, part in begun]
-    behind = [[*prompt, *part.token_ids, *close] for (prompt, _, part), close in zip(begun, put_in, strict=True)]
+    put_in = [marks.close if thinks(part.token_ids, marks) else [] for *_, part in begun]
+    behind = [[*prompt, *part.token_ids, *close] for (_, prompt, _, part), close in zip(begun, put_in, strict=True)]
     # Tokens are counted from 0 again: the same seed would repeat the draws of the first part.
-    again = [[sample_seed(own, "behind the budget", 0)] for _, own, _ in begun]
-    second = engine.generate(behind, again, rest, stop) if begun else []
-    whole = iter([_joined(part, close, *end) for (_, _, part), close, end in zip(begun, put_in, second, strict=True)])
+    again = [[sample_seed(own, "behind the budget", 0)] for _, _, own, _ in begun]
+    second = generate(engine, [each[0] for each in begun], behind, again, rest, stop) if begun else []
+    whole = iter([_joined(part, close, *end) for (*_, part), close, end in zip(begun, put_in, second, strict=True)])
     return [[part if part.finish_reason == "stop" else next(whole) for part in parts] for parts in first]
 
 

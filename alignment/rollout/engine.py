@@ -23,6 +23,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
 
@@ -86,7 +87,15 @@ class VLLMEngine(Closing):
             "eager": self._eager,
             "device": current_platform.device_name,
             **config.model_dump(
-                exclude={"chunk_prompts", "endpoints", "requests", "ray_replicas", "data_parallel_size"}
+                exclude={
+                    "chunk_prompts",
+                    "endpoints",
+                    "requests",
+                    "ray_replicas",
+                    "data_parallel_size",
+                    "adapters",
+                    "detect",
+                }
             ),
         }
         with own_random_state(0), self._stance(), kept_process_state():
@@ -130,16 +139,30 @@ class VLLMEngine(Closing):
         The same weights, settings and arguments give the same samples bit by bit. `stop` holds the token ids that end
         an answer; the model's own eos token counts only where it is among them.
         """
+        return self._generate(prompts, seeds, sampling, stop, [None] * len(prompts))
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        stop: Sequence[int],
+        adapters: Sequence[LoRARequest | None],
+    ) -> list[list[Sample]]:
+        """`generate`, each prompt by an adapter of its own."""
         self._reset_prefix_cache()  # what was cached decides how prompts are batched, and so the last bits
         requests = [prompt for prompt, own in zip(prompts, seeds, strict=True) for _ in own]
         params = [_params(sampling, stop, seed) for own in seeds for seed in own]
-        outputs = iter(self._run(requests, params))
+        of_request = [adapter for adapter, own in zip(adapters, seeds, strict=True) for _ in own]
+        outputs = iter(self._run(requests, params, of_request))
         return [[_sample(next(outputs).outputs[0]) for _ in own] for own in seeds]
 
-    def logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    def logprobs(
+        self, token_ids: Sequence[Sequence[int]], adapters: Sequence[LoRARequest | None] | None = None
+    ) -> list[list[float]]:
         """Log-probability of each token but the first, for each sequence."""
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(token_ids, [params] * len(token_ids))
+        outputs = self._run(token_ids, [params] * len(token_ids), adapters or [None] * len(token_ids))
         return [
             [position[token].logprob for position, token in zip(output.prompt_logprobs[1:], ids[1:], strict=True)]
             for output, ids in zip(outputs, token_ids, strict=True)
@@ -180,10 +203,15 @@ class VLLMEngine(Closing):
             raise RuntimeError("the engine is closed")
         return self._llm
 
-    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[Any]:
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        adapters: Sequence[LoRARequest | None],
+    ) -> list[Any]:
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         with self._stance(), _no_garbage_collection():
-            return self._engine.generate(requests, params, use_tqdm=False)
+            return self._engine.generate(requests, params, lora_request=_or_none(adapters), use_tqdm=False)
 
     def _reset_prefix_cache(self) -> None:
         if not self._engine.reset_prefix_cache():
@@ -202,6 +230,11 @@ class VLLMEngine(Closing):
         if not proof.gap <= GATE[self._dtype]:
             raise RuntimeError(mismatch(str(folder), proof.gap, self._dtype))
         return proof
+
+
+def _or_none(adapters: Sequence[LoRARequest | None]) -> Any:
+    """What vLLM takes: for each prompt an adapter or None; of an engine without adapters no list."""
+    return list(adapters) if any(adapters) else None
 
 
 def _params(sampling: SamplingConfig, stop: Sequence[int], seed: int) -> SamplingParams:

@@ -61,10 +61,13 @@ def reference_logprobs(folder: Path, token_ids: Sequence[Sequence[int]], dtype: 
     source = ModelConfig.model_validate({"path": str(folder), "dtype": dtype})
     model = load_pretrained(AutoModelForCausalLM, source, dtype=getattr(torch, dtype))
     model.train(False)
-    return [_logprobs(model, torch.tensor([ids])) for ids in token_ids]
+    return [logprobs_of(model, ids) for ids in token_ids]
 
 
-def _logprobs(model: nn.Module, ids: torch.Tensor) -> list[float]:
+@torch.no_grad()
+def logprobs_of(model: nn.Module, token_ids: Sequence[int]) -> list[float]:
+    """A model's log-probabilities of every token but the first."""
+    ids = torch.tensor([token_ids])
     logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
     return [float(value) for value in logprobs.gather(-1, ids[0, 1:, None])]
 

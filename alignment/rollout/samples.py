@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from alignment.config import SamplingConfig
+
+if TYPE_CHECKING:
+    from alignment.rollout.routes import Routes  # lingua, which few jobs need
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,6 +28,13 @@ class Sample:
 def fault_metrics(engine: "Engine") -> dict[str, int]:
     """The counts of an engine's faults, as a job's metrics name them."""
     return {f"faults.{name}": count for name, count in sorted(engine.faults.items())}
+
+
+def route_metrics(engine: "Engine") -> dict[str, int]:
+    """How many prompts each adapter was asked; nothing where the engine has none."""
+    if not isinstance(engine, Routed):
+        return {}
+    return {f"routed.{name}": count for name, count in sorted(engine.routes.counts.items())}
 
 
 class Engine(Protocol):
@@ -58,3 +68,36 @@ class Engine(Protocol):
         The same arguments and weights give the same samples bit by bit. Other prompts beside them change a sample by
         no more than rounding can, where two tokens are all but equally near to the draw.
         """
+
+
+@runtime_checkable
+class Routed(Engine, Protocol):
+    """An engine with adapters, which are chosen by a prompt's language."""
+
+    @property
+    def routes(self) -> "Routes":
+        """Chooses and counts."""
+
+    def generate_with(
+        self,
+        adapters: Sequence[str | None],
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        stop: Sequence[int],
+    ) -> list[list[Sample]]:
+        """As `generate`, each prompt by one of the adapters; None: by none."""
+
+
+def generate(
+    engine: Engine,
+    adapters: Sequence[str | None],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    stop: Sequence[int],
+) -> list[list[Sample]]:
+    """`engine.generate`, by the adapters that `engine.routes` chose where it has such."""
+    if isinstance(engine, Routed):
+        return engine.generate_with(adapters, prompts, seeds, sampling, stop)
+    return engine.generate(prompts, seeds, sampling, stop)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +13,7 @@ from alignment.chat import render_prompt, stop_token_id, template_options, token
 from alignment.config import SamplingConfig
 from alignment.errors import UserError
 from alignment.rollout.budget import Marks, generate_within
-from alignment.rollout.samples import Engine, Sample
+from alignment.rollout.samples import Engine, Routed, Sample, generate
 from alignment.rollout.seeds import sample_seed
 from alignment.rollout.store import Completion, SampleStore
 from alignment.rows import Row
@@ -66,6 +67,8 @@ def sample(
 
     A row's `chat_template_kwargs` and `tools` go to the chat template.
 
+    An engine with adapters answers each row by the one of its language.
+
     A chunk is `chunk_prompts` consecutive rows; one that is stored is not sampled again. A chunk's samples depend on
     its prompts, the weights, tokenizer, parameters, seed and engine settings alone, so a run that was killed, or spread
     over machines, ends with the same bytes. Prompts that leave no room for `max_tokens` are not sampled.
@@ -90,14 +93,18 @@ def sample(
         fitting = _fitting(tokenizer, rows, room)
         given += len(rows)
         too_long += len(rows) - len(fitting)
-        stored = store.shard(fitting).exists()
-        samples = store.read(fitting) if fitting else []
+        adapters = [
+            engine.routes.of(row) if isinstance(engine, Routed) else None for row in rows if row["id"] in fitting
+        ]
+        asked = _asked(engine, fitting, adapters)
+        stored = store.shard(asked).exists()
+        samples = store.read(asked) if fitting else []
         resampled = stored and samples is None
         if samples is None:
-            samples = _draw(engine, tokenizer, fitting, sampling, seed)
-            store.write(fitting, samples)
+            samples = _draw(engine, tokenizer, fitting, adapters, sampling, seed)
+            store.write(asked, samples)
         found = dict(zip(fitting, samples, strict=True))
-        name = f"{number:06d}-{store.folder.name}-{store.shard(fitting).stem}"
+        name = f"{number:06d}-{store.folder.name}-{store.shard(asked).stem}"
         yield Chunk(name, rows, [found.get(row["id"]) for row in rows], resampled)
     if given and given == too_long:
         raise UserError(
@@ -133,19 +140,30 @@ def _fitting(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], room: int)
     return {name: ids for name, ids in rendered.items() if len(ids) <= room}
 
 
+def _asked(
+    engine: Engine, prompts: Mapping[str, Sequence[int]], adapters: Sequence[str | None]
+) -> Mapping[str, Sequence[Any]]:
+    """What addresses the samples: the prompts and, of an engine with adapters, which of them answers."""
+    if not isinstance(engine, Routed):
+        return prompts
+    return {name: [ids, adapter] for (name, ids), adapter in zip(prompts.items(), adapters, strict=True)}
+
+
 def _draw(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Mapping[str, Sequence[int]],
+    adapters: Sequence[str | None],
     sampling: SamplingConfig,
     seed: int,
 ) -> list[list[Completion]]:
     seeds = [[sample_seed(seed, name, index) for index in range(sampling.n)] for name in prompts]
     stop = [stop_token_id(tokenizer)]
     if sampling.thinking_budget is None:
-        samples = engine.generate(list(prompts.values()), seeds, sampling, stop)
+        samples = generate(engine, adapters, list(prompts.values()), seeds, sampling, stop)
     else:
-        samples = generate_within(engine, list(prompts.values()), seeds, sampling, stop, Marks.of(tokenizer))
+        marks = Marks.of(tokenizer)
+        samples = generate_within(engine, list(prompts.values()), seeds, sampling, stop, marks, adapters)
     written = [_written(s) for of_prompt in samples for s in of_prompt]
     texts = iter(tokenizer.batch_decode(written, clean_up_tokenization_spaces=False))
     return [

@@ -81,6 +81,7 @@ JOBS = {
     "sft.train": "sft.config.SFTConfig",
     "sft.mixture_sweep": "sft.config.MixtureSweepConfig",
     "sft.update_adapter": "sft.config.UpdateConfig",
+    "sft.adapters": "sft.config.AdaptersConfig",
     "reward.train": "reward.config.RewardConfig",
     "reward.sweep": "reward.config.SweepConfig",
     "reward.average": "reward.config.AverageConfig",

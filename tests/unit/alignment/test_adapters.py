@@ -100,6 +100,12 @@ def test_dropout_where_peft_has_none_is_refused() -> None:
     assert peft_config(LoRAConfig(dropout=0.1, targets=["q_proj"]), model()).lora_dropout == 0.1
 
 
+def test_dora_where_peft_has_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"lora.dora: true found, expected false.*\n.*down_proj, gate_proj, up_proj"):
+        peft_config(LoRAConfig(dora=True), model())
+    assert peft_config(LoRAConfig(dora=True, targets=["q_proj"]), model()).use_dora
+
+
 def test_a_preset_is_no_base_for_an_adapter() -> None:
     values = {
         "output_dir": "out",
@@ -206,12 +212,22 @@ def test_the_console_merges_and_overwrites_nothing(
         merge_folders(str(tiny_model_folder), adapter, adapter)
 
 
+def test_dora_is_merged_into_a_mixture_of_experts(tiny_model_folder: Path, tmp_path: Path) -> None:
+    base = Ernie4_5_MoeForCausalLM.from_pretrained(tiny_model_folder)
+    made = get_peft_model(base, peft_config(LoRAConfig(rank=2, dora=True, targets=["q_proj", "v_proj"]), base))
+    for name, weight in made.named_parameters():
+        if "lora_" in name:
+            weight.data += 0.2 * torch.randn_like(weight)
+    made.save_pretrained(str(tmp_path / "adapter"))
+    assert merge_adapter(ModelConfig(path=str(tiny_model_folder)), tmp_path / "adapter", tmp_path / "out").mean < 1e-5
+
+
 # expert parallelism, without ranks
 
 
-def peft_model() -> PeftModel:
+def peft_model(lora: LoRAConfig = LoRAConfig(rank=2)) -> PeftModel:  # noqa: B008
     base = model()
-    return cast(PeftModel, get_peft_model(base, peft_config(LoRAConfig(rank=2), base)))
+    return cast(PeftModel, get_peft_model(base, peft_config(lora, base)))
 
 
 def test_an_engine_of_frozen_experts_is_one_without_experts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +269,8 @@ def test_an_adapter_is_written_and_compared(tmp_path: Path, monkeypatch: pytest.
     written = peft_model()
     assert moe_adapters._write_and_compare(written, tmp_path) is None
     PeftModel.from_pretrained(model(), tmp_path)
+    dora = LoRAConfig(rank=2, dora=True, targets=["q_proj"])
+    assert moe_adapters._write_and_compare(peft_model(dora), tmp_path / "dora") is None
     monkeypatch.setattr(
         moe_adapters,
         "adapter_weights",

@@ -244,6 +244,11 @@ def test_an_adapter_that_is_not_merged_cannot_be_sampled_from(planned: OnlineCon
         OnlineConfig.model_validate(planned.model_dump() | {"lora": {"merge": False}})
 
 
+def test_adapters_beside_a_policy_that_changes_are_refused(planned: OnlineConfig) -> None:
+    with pytest.raises(ValidationError, match="engine.adapters: a policy whose weights change has none"):
+        OnlineConfig.model_validate(planned.model_dump() | {"engine": {"adapters": {"th": "adapter"}}})
+
+
 @pytest.mark.parametrize(
     ("stop", "rounds", "ending"),
     [
