@@ -39,7 +39,7 @@ from alignment.rows import Row, read_rows, write_rows
 from alignment.stats import crossed_interval
 from benchmarks import report
 from data_builders import select
-from data_builders.config import SelectConfig, VectorsConfig
+from data_builders.selection.config import SelectConfig, VectorsConfig
 from sft import interference, train
 from sft.config import BASE, PackingConfig, PrepareConfig, SFTConfig, SourceConfig
 
