@@ -116,7 +116,9 @@ def _experts_as_without_adapters() -> Iterator[None]:
         return
     chooser: Any = unquantized_fused_moe_method
     select = chooser.select_unquantized_moe_backend
-    chooser.select_unquantized_moe_backend = lambda config: select(dataclasses.replace(config, is_lora_enabled=False))
+    chooser.select_unquantized_moe_backend = lambda moe_config: select(
+        moe_config=dataclasses.replace(moe_config, is_lora_enabled=False)
+    )
     try:
         yield
     finally:

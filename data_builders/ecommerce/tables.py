@@ -243,6 +243,8 @@ def _text(path: str) -> Iterator[io.TextIOBase]:
     try:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as raw:  # noqa: PTH123 as gzip's
             yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
