@@ -25,6 +25,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), validate_default=True)
 
+    def as_yaml(self) -> str:
+        """The text of a config file that gives this again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
 
 class JobConfig(Config):
     """What every job has: where its output goes, and the seed that its randomness derives from."""

@@ -118,7 +118,7 @@ def main(
         config = load_config(config_class, arguments.config, arguments.overrides)
         lines = plan(config)
         if arguments.dry_run:
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+            print(config.as_yaml())
             print("\n".join([*lines, *(forecast(config) if forecast else [])]))
             return
         run(config)

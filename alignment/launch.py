@@ -139,6 +139,17 @@ def job_command(module: str, config: Path, overrides: Sequence[str] = (), accele
     return ["python", "-m", "alignment.launch", "--config_file", str(accelerate), *arguments]
 
 
+def run_job(module: str, config: Path, accelerate: Path | None = None) -> None:
+    """Run a job as a command, to its end.
+
+    Raises:
+        job.RankFailed: it failed; its message stands above.
+    """
+    code = run_command(job_command(module, config, accelerate=accelerate))
+    if code:
+        raise job.RankFailed(code)
+
+
 def run_command(command: Sequence[str]) -> int:
     """Run a job's command with this Python and return its exit code; the job ends when this process does.
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from alignment import adapters, models
 from alignment.config import LoRAConfig, ModelConfig, TrainingConfig
+from alignment.errors import UserError
 from alignment.job import Interrupted, Job, deferred_interrupts
 from alignment.moe.adapters import check_adapter
 from alignment.moe.autoep import check_model
@@ -36,6 +37,15 @@ WHOLE = "WHOLE"  # the marker that a checkpoint was written to its end by every 
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_one_process(name: str) -> None:
+    """Refuse several ranks, for a job that starts those of each training itself."""
+    if world_size() > 1:
+        raise UserError(
+            f"{name} runs as one process, which starts the ranks of each training itself\n"
+            "give `launch: configs/accelerate/NAME.yaml` instead of launching it"
+        )
 
 
 def check_parallel(source: ModelConfig) -> list[str]:

@@ -16,7 +16,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -29,12 +28,13 @@ from alignment.fingerprint import text_hash
 from alignment.languages import detector
 from alignment.ledger import Ledger
 from alignment.progress import track
-from alignment.rollout import open_engine, place
-from alignment.rollout.chat_servers import ChatServers, sample_chat
+from alignment.rollout import place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.sampling import Chunk, sample
+from alignment.rollout.samples import fault_metrics
+from alignment.rollout.sampling import Chunk
 from alignment.rows import Row, first_rows, local_inputs, read_rows, writing_rows
 from alignment.verify import Verifier
+from data_builders.asking import asking, check_teacher
 from data_builders.config import LongCoTConfig, TeacherConfig
 from data_builders.teacher import Answers, Judge, Judged, choose, opens
 from data_builders.window import roll_out
@@ -97,17 +97,9 @@ def opened(teacher: TeacherConfig) -> bool:
 
 def answered(config: LongCoTConfig, prompts: Iterator[Row], folder: Path, faults: Counter[str]) -> Iterator[Chunk]:
     """The teacher's samples, and how often which server failed."""
-    teacher, engine = config.teacher, config.teacher.engine
-    options: dict[str, Any] = {"seed": config.seed, "chunk_prompts": engine.chunk_prompts}
-    if teacher.endpoints:
-        with ChatServers(teacher.model, teacher.endpoints, engine.requests, teacher.request) as servers:
-            yield from sample_chat(servers, prompts, folder, teacher.sampling, **options)
-            faults.update({f"faults.{name}": count for name, count in servers.faults.items()})
-        return
-    tokenizer = models.load_tokenizer(ModelConfig(path=teacher.model))
-    with open_engine(Path(teacher.model), engine, teacher.dtype) as local:
-        yield from sample(local, tokenizer, prompts, folder, teacher.sampling, **options)
-        faults.update({f"faults.{name}": count for name, count in local.faults.items()})
+    with asking(config.teacher, prompts, folder, config.seed) as (teacher, chunks):
+        yield from chunks
+        faults.update(fault_metrics(teacher))
 
 
 class Writer:
@@ -233,9 +225,7 @@ def plan(config: LongCoTConfig) -> list[str]:
     rollouts, teacher = config.rollouts, config.teacher
     models.check_model(ModelConfig(path=rollouts.model))
     check_room(rollouts.engine, rollouts.sampling)
-    if not teacher.endpoints:
-        models.check_model(ModelConfig(path=teacher.model))
-        check_room(teacher.engine, teacher.sampling)
+    where = check_teacher(teacher)
     for name, source in config.sources.items():
         if all(row.get("answer") is None for row in first_rows(source.rows, "prompt")):
             raise UserError(f"sources.{name}: {source.rows}: the first rows have no 'answer' to verify samples against")
@@ -244,7 +234,6 @@ def plan(config: LongCoTConfig) -> list[str]:
     agreeing = [number for number, text in enumerate(system_prompts(config), start=1) if agrees(student, text)]
     if not agreeing:
         logger.warning("system_prompts: none is what the chat template of %s makes of enable_thinking", rollouts.model)
-    where = f"by the servers {', '.join(teacher.endpoints)}" if teacher.endpoints else place(teacher.engine)
     return [
         f"{rollouts.sampling.n} rollouts a query of {rollouts.model}, drawn {place(rollouts.engine)}; pass rates in "
         f"[{config.alpha:g}, {config.beta:g}] are kept",

@@ -4,22 +4,15 @@ The model is a folder, sampled by vLLM in this process or by the project's serve
 servers. The texts lie in the sample store (alignment.rollout), so each belongs to the model and settings that made it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from alignment import models
-from alignment.config import ModelConfig
-from alignment.evaluate import check_room
 from alignment.progress import track
-from alignment.rollout import open_engine, place
-from alignment.rollout.chat_servers import ChatServers, sample_chat
-from alignment.rollout.sampling import Chunk, sample
 from alignment.rollout.store import Completion
 from alignment.rows import Row
 from alignment.thinking import Fault, Thought, parse
+from data_builders.asking import asking, check_teacher
 from data_builders.ecommerce.config import WriterConfig
 
 Messages = list[dict[str, str]]
@@ -52,7 +45,7 @@ def write(
         return {}
     rows = [asked(writer, name, messages) for name, messages in questions.items()]
     found: dict[str, Written] = {}
-    with _sampled(writer, rows, folder, seed) as chunks:
+    with asking(writer, rows, folder, seed) as (_, chunks):
         for chunk in track(chunks, len(rows), label, lambda chunk: len(chunk.prompts)):
             for row, samples in zip(chunk.prompts, chunk.samples, strict=True):
                 found[row["id"]] = _written(samples)
@@ -75,24 +68,7 @@ def check_writer(writer: WriterConfig) -> str:
     Raises:
         UserError: no such model folder, or no room for a question.
     """
-    if writer.endpoints:
-        return f"{writer.model} by the servers {', '.join(writer.endpoints)}"
-    models.check_model(ModelConfig(path=writer.model))
-    check_room(writer.engine, writer.sampling)
-    return f"{writer.model} {place(writer.engine)}"
-
-
-@contextmanager
-def _sampled(writer: WriterConfig, rows: Sequence[Row], folder: Path, seed: int) -> Iterator[Iterator[Chunk]]:
-    engine = writer.engine
-    options: dict[str, Any] = {"seed": seed, "chunk_prompts": engine.chunk_prompts}
-    if writer.endpoints:
-        with ChatServers(writer.model, writer.endpoints, engine.requests, writer.request) as servers:
-            yield sample_chat(servers, rows, folder, writer.sampling, **options)
-        return
-    tokenizer = models.load_tokenizer(ModelConfig(path=writer.model))
-    with open_engine(Path(writer.model), engine, writer.dtype) as sampler:
-        yield sample(sampler, tokenizer, rows, folder, writer.sampling, **options)
+    return f"{writer.model} {check_teacher(writer)}"
 
 
 def _written(samples: Sequence[Completion] | None) -> Written:

@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from alignment import atomic, chat, job, launch, models
+from alignment import atomic, chat, launch, models
 from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.evaluate import by_prompt, evaluate
@@ -158,10 +156,8 @@ def _train(config: OnlineConfig, policy: Path, folder: Path, seed: int) -> int:
     """Run the round's dpo.train job as a command of its own. Returns the pairs whose text had to be tokenized anew."""
     settings = training_settings(config, policy, folder, seed)
     path = folder / "train.yaml"
-    atomic.write_text(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    code = launch.run_command(launch.job_command("dpo.train", path, accelerate=config.accelerate))
-    if code != job.EXIT_OK:
-        raise job.RankFailed(code)
+    atomic.write_text(path, settings.as_yaml())
+    launch.run_job("dpo.train", path, config.accelerate)
     ledger = json.loads((folder / "train" / "ledger.json").read_text(encoding="utf-8"))
     return int(ledger["retokenized"])
 

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alignment import atomic, job, launch, training
 from alignment.errors import UserError
 from alignment.rows import local_inputs
@@ -71,7 +69,7 @@ def _check_ranks() -> None:
 def write_variant(folder: Path, name: str, variant: RewardConfig) -> Path:
     """The config of a variant as a file, which reward.train takes; not in the variant's folder, which is that run's."""
     path = folder / "configs" / f"{name}.yaml"
-    text = yaml.safe_dump(variant.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text = variant.as_yaml()
     atomic.write_text(path, text)
     return path
 
@@ -80,9 +78,7 @@ def _train(variant: RewardConfig, path: Path, launcher: Path | None) -> None:
     if launcher is None:
         train.run(variant)
         return
-    code = launch.run_command(launch.job_command("reward.train", path, accelerate=launcher))
-    if code:
-        raise job.RankFailed(code)
+    launch.run_job("reward.train", path, launcher)
 
 
 def best(results: Results) -> str | None:

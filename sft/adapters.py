@@ -14,10 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from alignment import atomic, job, languages, launch, models, training
-from alignment.errors import UserError
 from alignment.rows import first_rows, local_inputs
 from sft import by_language, interference, interference_picture, train
 from sft.config import JOINT, AdaptersConfig, SFTConfig
@@ -30,7 +27,7 @@ def run(config: AdaptersConfig) -> None:
         UserError: the job itself was launched on several ranks; rows that sft.by_language or sft.interference refuse.
         RankFailed: a launch failed; its message stands above.
     """
-    _check_ranks()
+    training.check_one_process("sft.adapters")
     with job.Job.open("sft.adapters", config, _inputs(config)) as this:
         if this.done:
             return
@@ -49,14 +46,6 @@ def run(config: AdaptersConfig) -> None:
         this.finish(counts | metrics)
 
 
-def _check_ranks() -> None:
-    if training.world_size() > 1:
-        raise UserError(
-            "sft.adapters runs as one process, which starts the ranks of each training itself\n"
-            "give `launch: configs/accelerate/NAME.yaml` instead of launching it"
-        )
-
-
 def _inputs(config: AdaptersConfig) -> list[Path]:
     model = config.base.model
     sources = [source.rows for source in config.base.sources]
@@ -69,13 +58,11 @@ def _train(folder: Path, name: str, variant: SFTConfig, launcher: Path | None) -
         return
     print(f"sft.adapters: {name}", flush=True)
     path = folder / "configs" / f"{name}.yaml"
-    atomic.write_text(path, yaml.safe_dump(variant.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    atomic.write_text(path, variant.as_yaml())
     if launcher is None:
         train.run(variant)
         return
-    code = launch.run_command(launch.job_command("sft.train", path, accelerate=launcher))
-    if code:
-        raise job.RankFailed(code)
+    launch.run_job("sft.train", path, launcher)
 
 
 def _interference(config: AdaptersConfig, folder: Path, groups: dict[str, list[str]]) -> dict[str, float | int]:
@@ -94,7 +81,7 @@ def _interference(config: AdaptersConfig, folder: Path, groups: dict[str, list[s
 
 
 def plan(config: AdaptersConfig) -> list[str]:
-    _check_ranks()
+    training.check_one_process("sft.adapters")
     if config.identify:
         languages.detector(config.identify)
     with launch.planned_ranks(config.launch):

@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alignment import atomic, general, job, launch, models, training
 from alignment.config import JobConfig
 from alignment.errors import UserError
@@ -39,7 +37,7 @@ def run(config: MixtureSweepConfig) -> None:
         UserError: the sweep itself was launched on several ranks, or the rows do not suffice for a share.
         RankFailed: a step failed; its message stands above.
     """
-    _check_ranks()
+    training.check_one_process("sft.mixture_sweep")
     with job.Job.open("sft.mixture_sweep", config, _inputs(config)) as this:
         if this.done:
             return
@@ -59,14 +57,6 @@ def run(config: MixtureSweepConfig) -> None:
         print(text)
         flat = {f"share_{share:g}.{key}": value for share, found in figures.items() for key, value in found.items()}
         this.finish(as_metrics(points, config.limit) | flat)
-
-
-def _check_ranks() -> None:
-    if training.world_size() > 1:
-        raise UserError(
-            "sft.mixture_sweep runs as one process, which starts the ranks of each training itself\n"
-            "give `launch: configs/accelerate/NAME.yaml` instead of launching it"
-        )
 
 
 def _inputs(config: MixtureSweepConfig) -> list[Path]:
@@ -119,12 +109,9 @@ def _do(folder: Path, step: Step, launcher: Path | None) -> None:
         return
     model = config.output_dir.parent.name
     path = folder / "configs" / model / f"{name}.yaml"
-    atomic.write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    atomic.write_text(path, config.as_yaml())
     print(f"sft.mixture_sweep: {model}, {module}", flush=True)
-    on_ranks = launcher if module == "sft.train" else None
-    code = launch.run_command(launch.job_command(module, path, accelerate=on_ranks))
-    if code:
-        raise job.RankFailed(code)
+    launch.run_job(module, path, launcher if module == "sft.train" else None)
 
 
 def measure(config: MixtureSweepConfig, share: float, seed: int) -> Measured:
@@ -170,7 +157,7 @@ def _columns(figures: Mapping[str, float]) -> dict[str, str]:
 
 
 def plan(config: MixtureSweepConfig) -> list[str]:
-    _check_ranks()
+    training.check_one_process("sft.mixture_sweep")
     evaluation = config.evaluation
     with launch.planned_ranks(config.launch):
         lines = train.plan(config.variant(config.shares[-1], 0))

@@ -25,7 +25,15 @@ class Sample:
     logprob: float
 
 
-def fault_metrics(engine: "Engine") -> dict[str, int]:
+class Faulty(Protocol):
+    """What asks servers, or might."""
+
+    @property
+    def faults(self) -> Mapping[str, int]:
+        """What went wrong with servers so far and was made good, by kind and address."""
+
+
+def fault_metrics(engine: Faulty) -> dict[str, int]:
     """The counts of an engine's faults, as a job's metrics name them."""
     return {f"faults.{name}": count for name, count in sorted(engine.faults.items())}
 
@@ -37,7 +45,7 @@ def route_metrics(engine: "Engine") -> dict[str, int]:
     return {f"routed.{name}": count for name, count in sorted(engine.routes.counts.items())}
 
 
-class Engine(Protocol):
+class Engine(Faulty, Protocol):
     """What the sampling loop needs of an engine."""
 
     @property
@@ -51,10 +59,6 @@ class Engine(Protocol):
     @property
     def settings(self) -> Mapping[str, str | int | float]:
         """Whatever else changes the samples, such as the dtype."""
-
-    @property
-    def faults(self) -> Mapping[str, int]:
-        """What went wrong with servers so far and was made good, by kind and address."""
 
     def generate(
         self,

@@ -76,7 +76,7 @@ def forked(arguments: Sequence[str], *moment: Any) -> int:
     child = os.fork()
     if child == 0:
         data_builders.window.open_engine = scripted("student")
-        data_builders.long_cot.open_engine = scripted("teacher")
+        data_builders.asking.open_engine = scripted("teacher")
         if moment:
             deadly(*moment)
         os._exit(data_builders.long_cot.main(arguments))
