@@ -17,15 +17,15 @@ from alignment import job, models
 from alignment.config import EngineConfig, JobConfig, ModelConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.grading import grade, language_of, read_graded, writing
-from alignment.rollout import open_engine, place
+from alignment.rollout import engine_inputs, open_engine, place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import fault_metrics, route_metrics
+from alignment.rollout.samples import engine_metrics
 from alignment.rollout.sampling import sample
 from alignment.rollout.served import rank_of
 from alignment.rows import Row, first_rows, local_inputs, read_rows, write_rows
 from alignment.stats import mean_interval, paired_interval
 from alignment.tally import Tally
-from alignment.thinking import Mode, in_mode, obeys
+from alignment.thinking import Mode, check_switch, in_mode, obeys
 from alignment.verify import Verifier, alarms, warn_of_alarms
 
 
@@ -65,7 +65,7 @@ def run(config: EvaluateConfig) -> None:
 
 
 def _inputs(config: EvaluateConfig) -> list[Path]:
-    return local_inputs(config.model, config.prompts, *config.engine.adapters.values())
+    return [*engine_inputs(config.model, config.engine), *local_inputs(config.prompts)]
 
 
 def read_prompts(source: str) -> list[Row]:
@@ -98,7 +98,7 @@ def evaluate(
     warn_of_alarms(str(folder / "graded.parquet"), tally.verdicts)
     write_rows(folder / "by_prompt.jsonl", by_prompt(folder / "graded.parquet", prompts))
     counts = {"prompts.too_long": tally.too_long, "samples.resampled": tally.resampled}
-    return summarize(folder) | counts | fault_metrics(engine) | route_metrics(engine)
+    return summarize(folder) | counts | engine_metrics(engine)
 
 
 def evaluate_modes(
@@ -179,6 +179,8 @@ def pass_rate(row: Row) -> float:
 
 def plan(config: EvaluateConfig) -> list[str]:
     models.check_model(ModelConfig(path=config.model))
+    if config.modes:
+        check_switch(models.load_tokenizer(ModelConfig(path=config.model)))
     first_rows(config.prompts, "prompt")
     for folder in config.engine.adapters.values():
         rank_of(folder)

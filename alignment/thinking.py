@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from alignment.chat import THINK_END, THINK_START
+from transformers import PreTrainedTokenizerBase
+
+from alignment.chat import THINK_END, THINK_START, render_prompt
+from alignment.errors import UserError
 from alignment.rows import Row
 
 Mode = Literal["fast", "deep"]
@@ -43,8 +46,24 @@ def parse(text: str) -> Thought | Fault:
 
 
 def in_mode(prompt: Row, mode: Mode) -> Row:
-    """The prompt with the chat template's switch set."""
-    return prompt | {"chat_template_kwargs": {"enable_thinking": mode == "deep"}}
+    """The prompt with the chat template's switch set; its other options stay."""
+    options = prompt.get("chat_template_kwargs") or {}
+    return prompt | {"chat_template_kwargs": options | {"enable_thinking": mode == "deep"}}
+
+
+def check_switch(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that asks both modes the same.
+
+    Raises:
+        UserError: it does not read `enable_thinking`.
+    """
+    prompt = [{"role": "user", "content": "1 + 1?"}]
+    fast, deep = (render_prompt(tokenizer, prompt, enable_thinking=thinks) for thinks in (False, True))
+    if fast == deep:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template has no switch between fast and deep: a prompt is the same "
+            "with enable_thinking and without"
+        )
 
 
 def obeys(text: str, mode: Mode) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from alignment import models
 from alignment.config import ModelConfig
 from alignment.evaluate import check_room
-from alignment.rollout import open_engine, place
+from alignment.rollout import engine_inputs, open_engine, place
 from alignment.rollout.chat_servers import ChatServers, sample_chat
 from alignment.rollout.samples import Faulty
 from alignment.rollout.sampling import Chunk, sample
@@ -30,6 +30,11 @@ def asking(
     tokenizer = models.load_tokenizer(ModelConfig(path=teacher.model))
     with open_engine(Path(teacher.model), engine, teacher.dtype) as local:
         yield local, sample(local, tokenizer, prompts, folder, teacher.sampling, **options)
+
+
+def teacher_inputs(teacher: TeacherConfig) -> list[Path]:
+    """What a job hashes of it: nothing where servers are asked, whose weights it does not see."""
+    return [] if teacher.endpoints else engine_inputs(teacher.model, teacher.engine)
 
 
 def check_teacher(teacher: TeacherConfig) -> str:

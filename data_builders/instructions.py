@@ -23,6 +23,7 @@ from alignment.ledger import Ledger
 from alignment.rows import Row, local_inputs, read_rows, write_rows
 from alignment.verify import Verdict, Verifier
 from data_builders import deduplicate
+from data_builders.asking import teacher_inputs
 from data_builders.config import DeduplicateConfig
 from data_builders.ecommerce import agents, quality, reasoning, rewriting
 from data_builders.ecommerce.config import InstructionsConfig, WriterConfig
@@ -51,8 +52,8 @@ class Drafts:
 
 
 def run(config: InstructionsConfig) -> None:
-    models = [writer.model for writer in writers(config).values() if not writer.endpoints]
-    inputs = local_inputs(*sources(config), *models, *embedding_inputs(config.embedding))
+    inputs = local_inputs(*sources(config), *embedding_inputs(config.embedding))
+    inputs += [folder for writer in writers(config).values() for folder in teacher_inputs(writer)]
     with job.Job.open("data_builders.instructions", config, list(dict.fromkeys(inputs))) as this:
         if this.done:
             return

@@ -28,13 +28,14 @@ from alignment.fingerprint import text_hash
 from alignment.languages import detector
 from alignment.ledger import Ledger
 from alignment.progress import track
-from alignment.rollout import place
+from alignment.rollout import engine_inputs, place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import fault_metrics
+from alignment.rollout.samples import engine_metrics
 from alignment.rollout.sampling import Chunk
 from alignment.rows import Row, first_rows, local_inputs, read_rows, writing_rows
+from alignment.thinking import check_switch
 from alignment.verify import Verifier
-from data_builders.asking import asking, check_teacher
+from data_builders.asking import asking, check_teacher, teacher_inputs
 from data_builders.config import LongCoTConfig, TeacherConfig
 from data_builders.teacher import Answers, Judge, Judged, choose, opens
 from data_builders.window import roll_out
@@ -45,8 +46,8 @@ NO_LESSON = "no good answer by the teacher"
 
 
 def run(config: LongCoTConfig) -> None:
-    teacher = [] if config.teacher.endpoints else [config.teacher.model]
-    inputs = local_inputs(config.rollouts.model, *teacher, *(source.rows for source in config.sources.values()))
+    inputs = local_inputs(*(source.rows for source in config.sources.values()))
+    inputs += engine_inputs(config.rollouts.model, config.rollouts.engine) + teacher_inputs(config.teacher)
     with job.Job.open("data_builders.long_cot", config, list(dict.fromkeys(inputs))) as this:
         if this.done:
             return
@@ -66,14 +67,14 @@ def teach(config: LongCoTConfig, folder: Path, queries: int, writer: "Writer") -
         return {}
     student = models.load_tokenizer(ModelConfig(path=config.rollouts.model))
     prompts = (asked(row, config.teacher) for row in read_rows(folder / "rollouts" / "queries.jsonl", "prompt"))
-    faults: Counter[str] = Counter()
+    asked_of: Counter[str] = Counter()
     with Verifier() as verifier:
         judge = Judge(verifier, detector(config.languages), config.languages, student, opened=opened(config.teacher))
-        chunks = overlapped(answered(config, prompts, folder / "teacher", faults), judge)
+        chunks = overlapped(answered(config, prompts, folder / "teacher", asked_of), judge)
         for judged in track(chunks, queries, "teacher", len):
             for answers in judged:
                 writer.add(answers)
-    return {**judge.counts, **faults}
+    return {**judge.counts, **asked_of}
 
 
 def asked(query: Row, teacher: TeacherConfig) -> Row:
@@ -95,11 +96,11 @@ def opened(teacher: TeacherConfig) -> bool:
     return opens(models.load_tokenizer(ModelConfig(path=teacher.model)), prompt)
 
 
-def answered(config: LongCoTConfig, prompts: Iterator[Row], folder: Path, faults: Counter[str]) -> Iterator[Chunk]:
-    """The teacher's samples, and how often which server failed."""
+def answered(config: LongCoTConfig, prompts: Iterator[Row], folder: Path, asked_of: Counter[str]) -> Iterator[Chunk]:
+    """The teacher's samples, and how often which server failed and which adapter was asked."""
     with asking(config.teacher, prompts, folder, config.seed) as (teacher, chunks):
         yield from chunks
-        faults.update(fault_metrics(teacher))
+        asked_of.update(engine_metrics(teacher))
 
 
 class Writer:
@@ -231,6 +232,8 @@ def plan(config: LongCoTConfig) -> list[str]:
             raise UserError(f"sources.{name}: {source.rows}: the first rows have no 'answer' to verify samples against")
     detector(config.languages)
     student = models.load_tokenizer(ModelConfig(path=rollouts.model))
+    if rollouts.mode is not None:
+        check_switch(student)
     agreeing = [number for number, text in enumerate(system_prompts(config), start=1) if agrees(student, text)]
     if not agreeing:
         logger.warning("system_prompts: none is what the chat template of %s makes of enable_thinking", rollouts.model)

@@ -29,9 +29,9 @@ from alignment.evaluate import check_room
 from alignment.fingerprint import text_hash
 from alignment.grading import GradedChunk, GradedSample
 from alignment.ledger import Ledger
-from alignment.rollout import open_engine, place
+from alignment.rollout import engine_inputs, open_engine, place
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import Engine, fault_metrics, route_metrics
+from alignment.rollout.samples import Engine, engine_metrics
 from alignment.rollout.sampling import WHOLE, Shard, sample
 from alignment.rows import Row, first_rows, local_inputs
 from alignment.tally import Tally
@@ -49,7 +49,7 @@ MEASURED = 8  # prompts that a dry run samples
 
 def run(config: PreferencesConfig) -> None:
     rows = (source.rows for source in config.all_sources.values())
-    inputs = local_inputs(config.model, *rows, *config.reward_models, *config.engine.adapters.values())
+    inputs = [*engine_inputs(config.model, config.engine), *local_inputs(*rows, *config.reward_models)]
     own = config.model_copy(update={"output_dir": config.run_dir})
     with job.Job.open("data_builders.preferences", own, list(dict.fromkeys(inputs)), BY_SHARDS) as this:
         if this.done:
@@ -86,7 +86,7 @@ def build(
         for chunk in judged(engine, tokenizer, prompts, config, folder, tally, seed=seed, total=total):
             writer.add(chunk)
     warn_of_alarms(str(folder), tally.verdicts)
-    return {**writer.counts(), **_sampled(tally), **fault_metrics(engine), **route_metrics(engine)}
+    return {**writer.counts(), **_sampled(tally), **engine_metrics(engine)}
 
 
 def judged(
@@ -134,7 +134,7 @@ def judge_shard(
     )
     for _ in chunks:
         pass
-    return {**_sampled(tally), **fault_metrics(engine), **route_metrics(engine)}
+    return {**_sampled(tally), **engine_metrics(engine)}
 
 
 def _sampled(tally: Tally) -> Numbers:

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import pdist
 from scipy.special import rel_entr
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-Array = NDArray[np.floating]
+from data_builders.kernel import Array, gaussian, median_distance
+
 Counts = NDArray[np.int64]
 
 AT_ONCE = 1_000  # permutations whose indicators are in memory together
@@ -68,10 +68,13 @@ def mmd(x_ND: Array, y_MD: Array, block: int, permutations: int, rng: np.random.
         order_x, order_y = rng.permutation(len(x_ND)), rng.permutation(len(y_MD))
         spans = [slice(number * block, (number + 1) * block) for number in range(blocks)]
         parts = [(x_ND[order_x[span]], y_MD[order_y[span]]) for span in spans]
-    bandwidth = _median_distance(x_ND, y_MD, rng)
+    bandwidth = _bandwidth(x_ND, y_MD, rng)
     sums_B = np.zeros(1 + permutations)
     for x, y in parts:
-        sums_B += _permuted_mmd(_kernel(np.concatenate([x, y]), bandwidth), len(x), permutations, rng)
+        pooled = np.concatenate([x, y])
+        kernel_SS = gaussian(pooled, pooled, bandwidth)
+        np.fill_diagonal(kernel_SS, 0)
+        sums_B += _permuted_mmd(kernel_SS, len(x), permutations, rng)
     return _result(sums_B[0] / len(parts), sums_B[1:] / len(parts))
 
 
@@ -79,23 +82,11 @@ def _some(rows: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:
     return rng.permutation(rows)[:most]
 
 
-def _median_distance(x_ND: Array, y_MD: Array, rng: np.random.Generator) -> float:
-    """Of rows drawn from the pooled sample, as many as two blocks' worth: the same whatever row is in which sample."""
+def _bandwidth(x_ND: Array, y_MD: Array, rng: np.random.Generator) -> float:
+    """The median distance in BANDWIDTH_ROWS of each sample: drawn alike from both, whatever row is in which."""
     pooled = _some(len(x_ND) + len(y_MD), 2 * BANDWIDTH_ROWS, rng)
     first, second = pooled[pooled < len(x_ND)], pooled[pooled >= len(x_ND)] - len(x_ND)
-    rows = np.concatenate([x_ND[np.sort(first)], y_MD[np.sort(second)]])
-    median = float(np.median(pdist(rows.astype(np.float64))))
-    return median or 1.0  # more than half of all pairs are equal: any width tells them from the others
-
-
-def _kernel(rows_SD: Array, bandwidth: float) -> NDArray[np.float32]:
-    """exp(-|a - b|^2 / 2 w^2) [S, S], 0 on the diagonal."""
-    rows_SD = rows_SD.astype(np.float64)
-    squares_S = (rows_SD**2).sum(1)
-    distances_SS = np.maximum(squares_S[:, None] + squares_S - 2 * rows_SD @ rows_SD.T, 0)
-    kernel_SS = np.exp(-distances_SS / (2 * bandwidth**2)).astype(np.float32)
-    np.fill_diagonal(kernel_SS, 0)
-    return kernel_SS
+    return median_distance(np.concatenate([x_ND[np.sort(first)], y_MD[np.sort(second)]]))
 
 
 def _permuted_mmd(kernel_SS: NDArray[np.float32], first: int, permutations: int, rng: np.random.Generator) -> Array:

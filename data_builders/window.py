@@ -17,7 +17,7 @@ from alignment.grading import GradedSample
 from alignment.ledger import Ledger
 from alignment.rollout import open_engine
 from alignment.rollout.overlap import overlapped
-from alignment.rollout.samples import fault_metrics
+from alignment.rollout.samples import engine_metrics
 from alignment.rollout.sampling import sample
 from alignment.rows import Row, writing_rows
 from alignment.tally import Tally
@@ -153,7 +153,7 @@ def _rolled_out(
             "cut_off": tally.cut_off,
             "resampled": tally.resampled,
             **verdict_metrics(tally.verdicts),
-            **fault_metrics(engine),
+            **engine_metrics(engine),
         }
 
 

@@ -4,11 +4,13 @@ The model is a folder, sampled by vLLM in this process or by the project's serve
 servers. The texts lie in the sample store (alignment.rollout), so each belongs to the model and settings that made it.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.progress import track
+from alignment.rollout.samples import engine_metrics
 from alignment.rollout.store import Completion
 from alignment.rows import Row
 from alignment.thinking import Fault, Thought, parse
@@ -38,17 +40,21 @@ class Written:
 
 
 def write(
-    writer: WriterConfig, questions: Mapping[str, Messages], folder: Path, seed: int, label: str
+    writer: WriterConfig, questions: Mapping[str, Messages], folder: Path, seed: int, label: str, counts: Counter[str]
 ) -> dict[str, Written]:
-    """A text for each question (id -> conversation), by id; asked are those that `folder` does not hold yet."""
+    """A text for each question (id -> conversation), by id; asked are those that `folder` does not hold yet.
+
+    What the servers failed at, and which adapter was asked how often, is added to `counts`.
+    """
     if not questions:
         return {}
     rows = [asked(writer, name, messages) for name, messages in questions.items()]
     found: dict[str, Written] = {}
-    with asking(writer, rows, folder, seed) as (_, chunks):
+    with asking(writer, rows, folder, seed) as (answering, chunks):
         for chunk in track(chunks, len(rows), label, lambda chunk: len(chunk.prompts)):
             for row, samples in zip(chunk.prompts, chunk.samples, strict=True):
                 found[row["id"]] = _written(samples)
+        counts.update(engine_metrics(answering))
     return found
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignment.config import EngineConfig
+from alignment.rows import local_inputs
 
 if TYPE_CHECKING:
     from alignment.rollout.adapters import AdapterEngine
@@ -39,6 +40,11 @@ def open_engine(
     from alignment.rollout.engine import VLLMEngine
 
     return VLLMEngine(model, config, dtype=dtype)
+
+
+def engine_inputs(model: str, config: EngineConfig) -> list[Path]:
+    """The folders of this machine whose weights sample: what a job hashes as its inputs."""
+    return local_inputs(model, *config.adapters.values())
 
 
 def place(config: EngineConfig) -> str:

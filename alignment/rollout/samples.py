@@ -33,16 +33,12 @@ class Faulty(Protocol):
         """What went wrong with servers so far and was made good, by kind and address."""
 
 
-def fault_metrics(engine: Faulty) -> dict[str, int]:
-    """The counts of an engine's faults, as a job's metrics name them."""
-    return {f"faults.{name}": count for name, count in sorted(engine.faults.items())}
-
-
-def route_metrics(engine: "Engine") -> dict[str, int]:
-    """How many prompts each adapter was asked; nothing where the engine has none."""
+def engine_metrics(engine: Faulty) -> dict[str, int]:
+    """Faults by kind and address, and how many prompts each adapter was asked, if there are any, as metrics."""
+    faults = {f"faults.{name}": count for name, count in sorted(engine.faults.items())}
     if not isinstance(engine, Routed):
-        return {}
-    return {f"routed.{name}": count for name, count in sorted(engine.routes.counts.items())}
+        return faults
+    return faults | {f"routed.{name}": count for name, count in sorted(engine.routes.counts.items())}
 
 
 class Engine(Faulty, Protocol):

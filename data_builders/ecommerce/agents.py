@@ -36,13 +36,13 @@ def answer(
     proposals: dict[str, list[str]] = {draft.id: [] for draft in asked}
     for number, proposer in enumerate(config.proposers):
         questions = {draft.id: question(draft) for draft in asked}
-        written = write(proposer, questions, folder / f"proposer_{number + 1}", seed, f"proposer {number + 1}")
+        written = write(proposer, questions, folder / f"proposer_{number + 1}", seed, f"proposer {number + 1}", counts)
         for name, text in written.items():
             reason = _useless(text)
             counts["proposals" if reason is None else f"proposals lost: {reason}"] += 1
             proposals[name] += [] if reason else [text.spoken.text]
     to_sum_up = {draft.id: synthesis(draft, proposals[draft.id]) for draft in asked if proposals[draft.id]}
-    found = write(config.aggregator, to_sum_up, folder / "aggregator", seed, "aggregator")
+    found = write(config.aggregator, to_sum_up, folder / "aggregator", seed, "aggregator", counts)
     failed = {draft.id: "no proposal" for draft in asked if not proposals[draft.id]}
     failed |= {name: f"aggregator {text.spoken.fault}" for name, text in found.items() if text.spoken.fault}
     counts["answered"] = len(found) - sum(name in failed for name in found)

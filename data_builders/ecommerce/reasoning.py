@@ -33,7 +33,8 @@ def think(
     if config.teacher is None:
         found: dict[str, Thought | str] = {draft.id: "no teacher" for draft in taught}
     else:
-        written = write(config.teacher, {draft.id: question(draft) for draft in taught}, folder, seed, "teacher")
+        questions = {draft.id: question(draft) for draft in taught}
+        written = write(config.teacher, questions, folder, seed, "teacher", counts)
         with Verifier() as verifier:
             found = dict(_judged(taught, written, verifier, detector))
     return list(_thinking(drafts, chosen, found, counts)), counts

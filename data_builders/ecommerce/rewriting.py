@@ -43,8 +43,8 @@ def rewrite(
     questions = {
         draft.id: question(draft, config.styles[style]) for draft in drafts if (style := styles[draft.id]) is not None
     }
-    found = write(config.writer, questions, folder, seed, "rewrite")
     counts: Counter[str] = Counter(asked=len(questions))
+    found = write(config.writer, questions, folder, seed, "rewrite", counts)
     return list(_rewritten(drafts, styles, found, detector, counts)), counts
 
 

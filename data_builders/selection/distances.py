@@ -5,22 +5,13 @@ Shapes: N rows of one set, M of the other, D dimensions, C clusters.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import pdist
 
-Array = NDArray[np.floating]
-
-BANDWIDTH_ROWS = 1_000
+from data_builders.kernel import Array, gaussian
 
 
 def total_variation(counts_C: NDArray[np.integer] | Array, others_C: NDArray[np.integer] | Array) -> float:
     """Half the sum of the differences of the shares: what part of one set would have to change clusters. 0 to 1."""
     return float(np.abs(counts_C / counts_C.sum() - others_C / others_C.sum()).sum() / 2)
-
-
-def median_distance(rows_ND: Array, rng: np.random.Generator) -> float:
-    """Of at most BANDWIDTH_ROWS rows; 1 where more than half of all pairs are equal."""
-    chosen = rng.permutation(len(rows_ND))[:BANDWIDTH_ROWS]
-    return float(np.median(pdist(rows_ND[np.sort(chosen)].astype(np.float64)))) or 1.0
 
 
 def squared_mmd(x_ND: Array, y_MD: Array, bandwidth: float) -> float:
@@ -35,6 +26,4 @@ def squared_mmd(x_ND: Array, y_MD: Array, bandwidth: float) -> float:
 
 
 def _kernel_sum(x_ND: Array, y_MD: Array, bandwidth: float) -> float:
-    squares_N, squares_M = (x_ND**2).sum(1), (y_MD**2).sum(1)
-    distances_NM = np.maximum(squares_N[:, None] + squares_M - 2 * (x_ND @ y_MD.T), 0)
-    return float(np.exp(distances_NM / (-2 * bandwidth**2)).sum(dtype=np.float64))
+    return float(gaussian(x_ND, y_MD, bandwidth).sum(dtype=np.float64))

@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import atomic
+from data_builders.kernel import median_distance
 from data_builders.selection.config import SelectConfig
-from data_builders.selection.distances import median_distance, squared_mmd, total_variation
+from data_builders.selection.distances import squared_mmd, total_variation
 from data_builders.selection.drawing import counts_of
 from data_builders.selection.quota import deficits, gap_quotas
 from data_builders.selection.sources import Rows, Sources
 from data_builders.selection.vectors import Vectors, sample, take
 
-MMD_ROWS = 2_000
+MMD_ROWS, BANDWIDTH_ROWS = 2_000, 1_000
 TABLE_ROWS = 40  # of selection.md; selection.json has all
 
 Table = list[dict[str, Any]]
@@ -141,7 +142,7 @@ def _mmds(config: SelectConfig, sources: Sources, drawn_N: NDArray[np.bool_]) ->
     """Between MMD_ROWS rows of each; the kernel is as wide as the target's rows are apart."""
     rng = np.random.default_rng(config.seed)
     target = sample(sources.target.vectors_ND, MMD_ROWS, rng)
-    width = median_distance(target, rng)
+    width = median_distance(sample(target, BANDWIDTH_ROWS, rng))
     before = _together(sources.training, sources.pool, np.empty(0, np.int64), rng)
     after = _together(sources.training, sources.pool, np.flatnonzero(drawn_N), rng)
     return {

@@ -17,7 +17,7 @@ from alignment.config import EngineConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.rollout import open_engine
 from alignment.rollout.adapters import AdapterEngine
-from alignment.rollout.samples import route_metrics
+from alignment.rollout.samples import engine_metrics
 from alignment.rollout.sampling import sample
 
 SAMPLING = SamplingConfig(n=4, max_tokens=12)
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
     with open_engine(folder / "model", config, "float32") as engine:
         assert isinstance(engine, AdapterEngine)
         chunks = list(sample(engine, tokenizer, PROMPTS, folder / "store", SAMPLING, seed=1, chunk_prompts=4))
-        found["routed"] = route_metrics(engine)
+        found["routed"] = engine_metrics(engine)
         samples = {
             prompt["id"]: of_prompt or []
             for chunk in chunks

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from alignment.config import EngineConfig, SamplingConfig
 from alignment.errors import UserError
 from alignment.rollout.routes import Routes
-from alignment.rollout.samples import Sample, route_metrics
+from alignment.rollout.samples import Sample, engine_metrics
 from alignment.rollout.sampling import sample
 from alignment.rollout.served import rank_of, targets_of
 from alignment.rows import Row
@@ -89,7 +89,7 @@ def test_samples_of_other_adapters_are_never_taken_for_these(
     assert engine.calls == [["th", None, "id"]]
     assert drawn(rows) == [[11], [10], [12]] and len(engine.calls) == 1
     assert drawn([row | {"language": "id"} for row in rows]) == [[12], [12], [12]]
-    assert route_metrics(engine) == {"routed.base": 2, "routed.id": 5, "routed.th": 2}
+    assert engine_metrics(engine) == {"routed.base": 2, "routed.id": 5, "routed.th": 2}
     with_budget = drawn(rows, thinking_budget=1)
     assert engine.calls[2:] == [["th", None, "id"]] * 2, "the same adapters go on"
     assert [ids[0] for ids in with_budget] == [11, 10, 12]

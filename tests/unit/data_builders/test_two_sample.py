@@ -61,8 +61,8 @@ def test_mmd_is_that_of_plain_loops_and_its_p_of_all_deals() -> None:
 def test_blocks_average_and_permute_within(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of 20 rows: the mean of their statistics; the rows that fill no third block are left out."""
     seen: list[int] = []
-    kernel = two_sample._kernel
-    monkeypatch.setattr(two_sample, "_kernel", lambda rows, width: (seen.append(len(rows)), kernel(rows, width))[1])
+    kernel = two_sample.gaussian
+    monkeypatch.setattr(two_sample, "gaussian", lambda x, y, width: (seen.append(len(x)), kernel(x, y, width))[1])
     shifted = two_sample.mmd(rng(6).normal(size=(55, 2)), rng(7).normal(size=(49, 2)) + 2, 20, 199, rng(8))
     assert seen == [40, 40] and shifted.p == 1 / 200
     assert shifted.statistic > 10 * shifted.threshold(0.05)
