@@ -31,7 +31,7 @@ def deepspeed_config(folder: Path, stage: int, bf16: bool) -> str:
     return str(path)
 
 
-def trainer(folder: Path, base: Path, dtype: str, lora: LoraConfig | None = None) -> TinyTrainer:
+def trainer(folder: Path, base: Path, dtype: str, lora: LoraConfig | None = None, *, dora: bool = False) -> TinyTrainer:
     """A trainer of 8 rows a step: in one batch on one process, on two ranks in two of two rows each."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = 8 if ranks == 1 else 2
@@ -45,15 +45,16 @@ def trainer(folder: Path, base: Path, dtype: str, lora: LoraConfig | None = None
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
     arguments.bf16 = dtype == "bfloat16"  # its own check wants a GPU for it
-    config = lora or adapters.peft_config(LoRAConfig(rank=4, alpha=8), model)
+    targets = ["q_proj", "v_proj"] if dora else None  # peft has no DoRA for routed experts' weights
+    config = lora or adapters.peft_config(LoRAConfig(rank=4, alpha=8, dora=dora, targets=targets), model)
     return TinyTrainer(
         model=get_peft_model(model, config), args=arguments, train_dataset=rows(64), data_collator=collate
     )
 
 
-def train(folder: Path, base: Path, dtype: str, resume: Path | None) -> dict[str, Any]:
+def train(folder: Path, base: Path, dtype: str, resume: Path | None, *, dora: bool) -> dict[str, Any]:
     """What a case did: losses, and the logits of the trained engine."""
-    made = trainer(folder, base, dtype)
+    made = trainer(folder, base, dtype, dora=dora)
     made.train(resume_from_checkpoint=str(resume) if resume else None)
     made.save_model(str(folder / "adapter"))
     probe = collate(rows(5))
@@ -93,7 +94,7 @@ def run(case: dict[str, Any], out: Path) -> Any:
         lora = LoraConfig(target_parameters=case["refused"], target_modules=[]) if case["refused"] else None
         return refusal(folder, base, lora)
     resume = out / case["resume"] if "resume" in case else None
-    return train(folder, base, case.get("dtype", "float32"), resume)
+    return train(folder, base, case.get("dtype", "float32"), resume, dora="dora" in case)
 
 
 def main() -> None:

@@ -35,11 +35,12 @@ TWO_RANKS = [
     {"name": "zero2", "stage": 2},
     {"name": "qwen", "base": "qwen2"},
     {"name": "bf16", "dtype": "bfloat16"},
+    {"name": "dora", "dora": True},
     {"name": "experts", "refused": ["experts.down_proj"]},
     {"name": "router", "refused": ["gate.weight"]},
     {"name": "zero3", "stage": 3, "refused": []},
 ]
-ONE_PROCESS = [{"name": "one"}, {"name": "one_qwen", "base": "qwen2"}]
+ONE_PROCESS = [{"name": "one"}, {"name": "one_qwen", "base": "qwen2"}, {"name": "one_dora", "dora": True}]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,18 @@ def test_two_ranks_train_an_adapter_as_one_process_does(runs: Path, case: str, s
     assert all(weight.abs().max() > 1e-3 for weight in names.values())
 
 
-@pytest.mark.parametrize(("case", "base"), [("zero1", "ernie"), ("qwen", "qwen2"), ("bf16", "ernie")])
+def test_dora_trains_on_two_ranks_as_in_one_process(runs: Path) -> None:
+    one, two = record(runs, "one_dora"), record(runs, "dora")
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert two["grad_norms"] == pytest.approx(one["grad_norms"], abs=1e-5)
+    trained = adapter(runs, "dora")
+    torch.testing.assert_close(trained, adapter(runs, "one_dora"), rtol=0, atol=1e-5)
+    assert sum("lora_magnitude_vector" in name for name in trained) == 4, "two weights in each of two layers"
+
+
+@pytest.mark.parametrize(
+    ("case", "base"), [("zero1", "ernie"), ("qwen", "qwen2"), ("bf16", "ernie"), ("dora", "ernie")]
+)
 def test_plain_peft_loads_the_adapter_and_answers_as_the_engine(runs: Path, case: str, base: str) -> None:
     """In bfloat16 to the bit, if peft keeps the adapter in it as the engine did; by default it widens it."""
     engine = record(runs, case)
