@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ewc": NAIVE | {"ewc": {}},
     "both": {},
     "both, beta 1": {"replay": {"weight": 1}},
+    "both, all of the past": {"replay": {"share": 1}},
     "both, beta 1, all of the past": {"replay": {"weight": 1, "share": 1}},
 }
 STATED = "both"

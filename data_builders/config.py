@@ -326,7 +326,10 @@ class TriggerConfig(Config):
 
     by: Literal["drift", "performance", "both", "either"] = "drift"
     minimum_shift: float = Field(
-        0.0, ge=0, le=1, description="share of a window's rows, beyond chance, that went to other clusters, at least"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a window's rows, beyond chance, that went to other clusters, at least; 0: need be none",
     )
     minimum_fall: float = Field(0.0, ge=0, description="fall of the mean performance, at least, in its own units")
 

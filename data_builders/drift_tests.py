@@ -196,7 +196,9 @@ def decide(windows: Sequence[Window], trigger: TriggerConfig, level: float) -> N
     for window, p in zip(tested, two_sample.holm([_p(w) for w in tested]), strict=True):
         window.performance_adjusted = p
     for window in windows:
-        window.drifted = min(window.adjusted.values()) <= level and window.shift.effect >= trigger.minimum_shift
+        # By chance the effect is as often below 0 as above: rows that move within their clusters are a drift too.
+        large = not trigger.minimum_shift or window.shift.effect >= trigger.minimum_shift
+        window.drifted = min(window.adjusted.values()) <= level and large
         if window.performance is not None and window.performance_adjusted is not None:
             window.fell = window.performance_adjusted <= level and window.performance.fall >= trigger.minimum_fall
         match trigger.by:

@@ -20,6 +20,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from alignment import adapters, atomic, attention, job, models, training, versio
 from alignment.apportion import stratified
 from alignment.errors import UserError, did_you_mean
 from alignment.fingerprint import weights_hash
-from alignment.packing import plan_epoch
+from alignment.packing import concatenate, plan_epoch
 from alignment.rows import first_rows, local_inputs, read_rows
 from alignment.versions import Version
 from sft import data, ewc, gate
@@ -213,24 +214,29 @@ def _train(
         trainer.save_model(str(folder))
 
 
-def _replay_rows(config: UpdateConfig, past: Held) -> list[int]:
-    return past.draw(round(config.replay.share * len(past.usable)), [config.seed, REPLAY])
+def _replay_rows(config: UpdateConfig, past: Held) -> list[list[int]]:
+    """Of each epoch: drawn anew, for few rows that come again and again are learnt by heart."""
+    count = round(config.replay.share * len(past.usable))
+    return [past.draw(count, [config.seed, REPLAY, epoch]) for epoch in range(config.training.epochs)]
 
 
 def _replay(config: UpdateConfig, past: Held, pad_id: int) -> data.PackedRows | None:
     """Packs of the replayed rows, which training takes in turns."""
-    drawn = np.array(_replay_rows(config, past), np.int64)
-    if not len(drawn) or not config.replay.weight:
+    draws = [np.array(drawn, np.int64) for drawn in _replay_rows(config, past)]
+    if not len(draws[0]) or not config.replay.weight:
         return None
     generator = np.random.default_rng([config.seed, REPLAY])
-    plan = plan_epoch(past.rows.lengths[drawn], config.packing.capacity, 1, config.packing.bucket, generator)
-    return data.PackedRows(past.rows, dataclasses.replace(plan, order=drawn[plan.order]), None, pad_id)
+    plans = []
+    for drawn in draws:
+        plan = plan_epoch(past.rows.lengths[drawn], config.packing.capacity, 1, config.packing.bucket, generator)
+        plans.append(dataclasses.replace(plan, order=drawn[plan.order]))
+    return data.PackedRows(past.rows, concatenate(plans), None, pad_id)
 
 
 def _replayed(config: UpdateConfig, past: Held) -> dict[str, dict[str, int]]:
-    """Of each group its past rows and those drawn."""
+    """Of each group its past rows and those drawn, the same rows of several epochs once."""
     group_of = dict(zip(past.usable, past.groups, strict=True))
-    drawn = Counter(group_of[row] for row in _replay_rows(config, past))
+    drawn = Counter(group_of[row] for row in set(chain.from_iterable(_replay_rows(config, past))))
     return {group: {"past": count, "drawn": drawn[group]} for group, count in Counter(past.groups).items()}
 
 

@@ -3,7 +3,7 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -253,3 +253,15 @@ def test_several_ranks_are_refused(folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="runs as one process"):
         update_adapter.plan(config(folder, tmp_path))
+
+
+def test_each_epoch_replays_other_rows(folder: Path, tmp_path: Path) -> None:
+    """A tenth of 100 rows of each group, three times: drawn alike they would be the same 20 rows."""
+    settings = config(folder, tmp_path)
+    settings = settings.model_copy(update={"training": settings.training.model_copy(update={"epochs": 3})})
+    past = update_adapter.Held(rows=cast(Any, None), usable=list(range(200)), groups=["0"] * 100 + ["1"] * 100)
+    draws = update_adapter._replay_rows(settings, past)
+    assert [sum(row < 100 for row in drawn) for drawn in draws] == [10, 10, 10]
+    assert len(draws) == 3 and len({row for drawn in draws for row in drawn}) > 40
+    counts = update_adapter._replayed(settings, past)
+    assert sum(group["drawn"] for group in counts.values()) > 40

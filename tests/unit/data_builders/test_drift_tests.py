@@ -120,6 +120,14 @@ def test_small_effects_raise_no_alarm() -> None:
     assert [one.alarm for one in windows] == [True, False, False]
 
 
+def test_rows_that_move_within_their_clusters_raise_an_alarm() -> None:
+    """No cluster won or lost: by chance the shift over clusters is then as often below what is expected as above."""
+    settings = config()
+    windows = [window(0.001, 0.9, shift=-0.05)]
+    decide(windows, settings.trigger, settings.level)
+    assert windows[0].alarm
+
+
 def test_permutations_that_can_never_alarm_are_refused() -> None:
     """Three tests of 10 windows: the smallest p-value has to be 0.05 / 30, so 599 permutations."""
     check_permutations(config(permutations=599), 10)
