@@ -11,8 +11,8 @@ over the training rows: an embedding model that knows Thai and Indonesian, and h
 
 Each method draws the same number of rows; each adapter is trained by sft.train with the same recipe, by three seeds,
 which draw rows and weights. The measure is the held-out reviews' loss, row by row; intervals are for other reviews and
-other seeds (alignment.stats.crossed_interval). `linguistic` draws from Indonesian alone. Without SHARED_DATA nothing is
-measured.
+other seeds (alignment.stats.crossed_interval). `linguistic` draws from Indonesian alone, and so does `within_language`,
+which is semantic_gap bound to it. Without SHARED_DATA nothing is measured.
 """
 
 import csv
@@ -39,15 +39,21 @@ from alignment.rows import Row, read_rows, write_rows
 from alignment.stats import crossed_interval
 from benchmarks import report
 from data_builders import select
-from data_builders.selection.config import SelectConfig, VectorsConfig
+from data_builders.selection.config import SelectConfig
 from sft import interference, train
 from sft.config import BASE, PackingConfig, PrepareConfig, SFTConfig, SourceConfig
 
 DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
-METHODS = ("semantic_gap", "random", "linguistic")
 USED = ("Beauty", "Body Care", "Health")
 NUSAX = {"indonesian": "id", "javanese": "jv", "english": "en"}
 BUDGET, SEEDS, CLUSTERS = 400, 3, 12
+METHODS: dict[str, dict[str, Any]] = {
+    "semantic_gap": {"method": "semantic_gap"},
+    "random": {"method": "random"},
+    "linguistic": {"method": "linguistic"},
+    "within_language": {"method": "semantic_gap", "constraints": {"languages": {"id": {"minimum": BUDGET}}}},
+}
+COMPARED = (("semantic_gap", "random"), ("semantic_gap", "linguistic"), ("within_language", "linguistic"))
 THAI = (2_000, 4_000)  # rows for the base, and in the pool
 LONGEST = 240  # characters of a text
 PROMPT = [{"role": "user", "content": "?"}]
@@ -191,9 +197,10 @@ def study(folder: Path, base: Path, seeds: int) -> tuple[dict[str, Array], dict[
             train.run(recipe(folder, base, rows, name, seed + 1, lora))
             folders[name] = folder / name / "adapter"
             found = json.loads((folder / name / "metrics.json").read_text(encoding="utf-8"))
-            domains = [each["domain"] for each in read_rows(rows)]
-            own = facts.setdefault(method, {"rows": len(domains), "of_the_usage": 0.0, "tokens": 0.0})
-            own["of_the_usage"] += sum(domain in USED for domain in domains) / seeds
+            drawn = list(read_rows(rows))
+            own = facts.setdefault(method, {"rows": len(drawn), "of_the_usage": 0.0, "indonesian": 0.0, "tokens": 0.0})
+            own["of_the_usage"] += sum(each["domain"] in USED for each in drawn) / seeds
+            own["indonesian"] += sum(each["language"] == "id" for each in drawn) / seeds
             own["tokens"] += found["rows.tokens_trained"] / seeds
     words = models.load_tokenizer(ModelConfig(path=str(base)))
     settings = recipe(folder, base, folder / "held_out.jsonl", "measured", 0, None)
@@ -204,37 +211,39 @@ def study(folder: Path, base: Path, seeds: int) -> tuple[dict[str, Array], dict[
 
 
 def select_rows(folder: Path, method: str, seed: int) -> Path:
-    config = SelectConfig(
-        output_dir=folder / f"selected_{method}_{seed}",
-        seed=seed,
-        rows=str(folder / "pool.jsonl"),
-        target=str(folder / "target.jsonl"),
-        training=str(folder / "training.jsonl"),
-        method=method,
-        budget=BUDGET,
-        clusters=CLUSTERS,
-        turns="all",
-        vectors=VectorsConfig(**{name: folder / f"{name}.npy" for name in ("pool", "target", "training")}),
+    sources = ("pool", "target", "training")
+    config = SelectConfig.model_validate(
+        {
+            "output_dir": folder / f"selected_{method}_{seed}",
+            "seed": seed,
+            **{"rows" if name == "pool" else name: str(folder / f"{name}.jsonl") for name in sources},
+            "budget": BUDGET,
+            "clusters": CLUSTERS,
+            "turns": "all",
+            "vectors": {name: folder / f"{name}.npy" for name in sources},
+            **METHODS[method],
+        }
     )
     select.run(config)
     return config.output_dir / "rows.jsonl"
 
 
 def tell(losses: dict[str, Array], facts: dict[str, dict[str, float]], seeds: int, seconds: float) -> None:
-    """One claim for each other method: the ratio of perplexities, of the same reviews by the same seeds."""
+    """One claim for each pair COMPARED: the ratio of perplexities, of the same reviews by the same seeds."""
     perplexities = {name: round(math.exp(found.mean()), 3) for name, found in losses.items()}
-    for peer in METHODS[1:]:
-        change = crossed_interval(losses["semantic_gap"] - losses[peer])
+    for own, peer in COMPARED:
+        changes = losses[own] - losses[peer]
+        change = crossed_interval(changes)
         report(
-            f"adapters.perplexity_semantic_gap_over_{peer}",
+            f"adapters.perplexity_{own}_over_{peer}",
             math.exp(change.value),
             "x",
             f"{peer}, same number of rows",
             better="lower",
-            own_value=perplexities["semantic_gap"],
+            own_value=perplexities[own],
             peer_value=perplexities[peer],
             interval=[round(math.exp(end), 4) for end in (change.low, change.high)],
-            by_seed=[round(float(math.exp(each)), 4) for each in (losses["semantic_gap"] - losses[peer]).mean(axis=1)],
+            by_seed=[round(float(math.exp(each)), 4) for each in changes.mean(axis=1)],
             base=perplexities[BASE],
             rows={name: {key: round(value) for key, value in found.items()} for name, found in facts.items()},
             seeds=seeds,

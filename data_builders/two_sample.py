@@ -116,10 +116,11 @@ def classifier(x_ND: Array, y_MD: Array, permutations: int, rng: np.random.Gener
     rows of the first sample among those taken for it is hypergeometric.
     """
     size = min(len(x_ND), len(y_MD), CLASSIFIER_ROWS) // 2 * 2
-    x, y = x_ND[_some(len(x_ND), size, rng)], y_MD[_some(len(y_MD), size, rng)]
+    # In float16, as embeddings are kept, the scaler's divisions overflow.
+    x, y = (rows[_some(len(rows), size, rng)].astype(np.float64) for rows in (x_ND, y_MD))
     half = size // 2
     labels = np.repeat([0, 1], half)
-    scaler = StandardScaler().fit(np.concatenate([x[:half], y[:half]]).astype(np.float64))
+    scaler = StandardScaler().fit(np.concatenate([x[:half], y[:half]]))
     train, test = (scaler.transform(np.concatenate([x[part], y[part]])) for part in (slice(half), slice(half, None)))
     taken_for_y = LogisticRegression(C=RIDGE, max_iter=1_000).fit(train, labels).predict(test)
     called = int(taken_for_y.sum())

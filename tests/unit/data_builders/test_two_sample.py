@@ -68,6 +68,19 @@ def test_blocks_average_and_permute_within(monkeypatch: pytest.MonkeyPatch) -> N
     assert shifted.statistic > 10 * shifted.threshold(0.05)
 
 
+@pytest.mark.parametrize("test", ["mmd", "classifier"])
+def test_vectors_in_half_precision_give_what_they_do_in_double(test: str) -> None:
+    """One dimension is all but 0, as one of MiniLM's is: its standard deviation is none that float16 can hold."""
+    made = rng(0).normal(size=(120, 16))
+    half = (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float16)
+    half[:, 0] = np.finfo(np.float16).smallest_subnormal * (np.arange(120) % 5 == 0)
+    arguments = (20, 99) if test == "mmd" else (99,)
+    found = [
+        getattr(two_sample, test)(rows[:60], rows[60:], *arguments, rng(1)) for rows in (half, half.astype(np.float64))
+    ]
+    assert found[0].p == found[1].p and found[0].statistic == pytest.approx(found[1].statistic, abs=1e-12)
+
+
 def test_the_classifier_tells_apart_what_can_be_told() -> None:
     x, y = rng(9).normal(size=(200, 4)), rng(10).normal(size=(120, 4)) + 3
     found = two_sample.classifier(x, y, 999, rng(11))
