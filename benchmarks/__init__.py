@@ -1,10 +1,22 @@
 """One script a claim, each measured beside its peer in one process; `python -m benchmarks` runs all. See RESULTS.md."""
 
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def data_at_hand() -> bool:
+    """Whether the folder of real data is there; says so where it is not."""
+    if not DATA.is_dir():
+        print(f"skipped: {DATA} is absent", file=sys.stderr)
+    return DATA.is_dir()
 
 
 def in_turns(

@@ -19,7 +19,6 @@ import csv
 import gzip
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -37,13 +36,12 @@ from alignment import models, tokenizer
 from alignment.config import LoRAConfig, ModelConfig, TrainingConfig
 from alignment.rows import Row, read_rows, write_rows
 from alignment.stats import crossed_interval
-from benchmarks import report
+from benchmarks import DATA, data_at_hand, report
 from data_builders import select
 from data_builders.selection.config import SelectConfig
 from sft import interference, train
 from sft.config import BASE, PackingConfig, PrepareConfig, SFTConfig, SourceConfig
 
-DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 USED = ("Beauty", "Body Care", "Health")
 NUSAX = {"indonesian": "id", "javanese": "jv", "english": "en"}
 BUDGET, SEEDS, CLUSTERS = 400, 3, 12
@@ -64,8 +62,7 @@ Array = NDArray[np.float64]
 
 
 def main(seeds: int = SEEDS) -> None:
-    if not DATA.is_dir():
-        print(f"skipped: {DATA} is absent", file=sys.stderr)
+    if not data_at_hand():
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -15,10 +15,8 @@ finds. Clean rows are the texts above.
 import csv
 import gzip
 import json
-import os
 import random
 import resource
-import sys
 import tempfile
 import time
 import zipfile
@@ -32,12 +30,11 @@ from lingua import IsoCode639_1, LanguageDetectorBuilder
 
 from alignment.languages import detector, letters
 from alignment.rows import write_rows
-from benchmarks import report
+from benchmarks import DATA, data_at_hand, report
 from data_builders import languages
 from data_builders.config import LanguagesConfig
 from data_builders.synthesis import generate
 
-DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CODES = ("en", "zh", "id", "ms", "th", "vi", "tl", "pt")
 TEMPLATED = ("ms", "vi", "tl")
 PER_SET, TEMPLATES, PLANTED, ROWS = 500, 3200, 20, 20_000
@@ -48,8 +45,7 @@ Texts = dict[str, list[str]]  # language -> texts
 
 
 def main() -> None:
-    if not DATA.is_dir():
-        print(f"skipped: {DATA} is absent", file=sys.stderr)
+    if not data_at_hand():
         return
     texts = all_texts()
     accuracy(texts)

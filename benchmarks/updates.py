@@ -10,7 +10,6 @@ nothing is measured.
 """
 
 import csv
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -26,11 +25,10 @@ from alignment import models, tokenizer
 from alignment.config import LoRAConfig, ModelConfig, TrainingConfig
 from alignment.rows import Row, read_rows, write_rows
 from alignment.stats import Interval, crossed_interval
-from benchmarks import report
+from benchmarks import DATA, data_at_hand, report
 from sft import interference, train, update_adapter
 from sft.config import PackingConfig, PrepareConfig, SFTConfig, SourceConfig, UpdateConfig
 
-DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TEXTS = {"en": "english", "id": "indonesian", "jv": "javanese"}
 OLD, NEW, TRAINED, SEEDS = "en", "id", 350, 3
 NAIVE: dict[str, Any] = {"replay": {"share": 0}, "ewc": {"weight": 0}}
@@ -51,8 +49,7 @@ Array = NDArray[np.float64]
 
 
 def main(seeds: int = SEEDS) -> None:
-    if not DATA.is_dir():
-        print(f"skipped: {DATA} is absent", file=sys.stderr)
+    if not data_at_hand():
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -63,7 +63,7 @@ def embedded(texts: Iterable[str], config: EmbeddingConfig) -> Embedded:
         cache = _Cache(config, stack)
         rows = array("q")  # of each text the row of its vector in the cache
         total = len(texts) if isinstance(texts, Sequence) else None
-        for number, text in enumerate(track(texts, total, "embed")):
+        for number, text in enumerate(track(texts, total, "embed"), start=1):
             rows.append(cache.row(number, text))
         cache.flush()
     found = cache.gather(np.frombuffer(rows, dtype=np.int64))

@@ -22,8 +22,9 @@ from alignment.errors import UserError
 from alignment.ledger import Ledger
 from alignment.progress import track
 from alignment.rows import Row, count_rows, local_inputs, located_rows, writing_rows
+from data_builders import vectors
 from data_builders.embeddings import check_embedding, embedding_inputs
-from data_builders.selection import clusters, density, picture, proximity, report, vectors
+from data_builders.selection import clusters, density, picture, proximity, report
 from data_builders.selection.config import SelectConfig
 from data_builders.selection.drawing import NEVER, Scheme, counts_of, draw, named_bounds
 from data_builders.selection.quota import deficits, gap_quotas

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from alignment.errors import UserError, did_you_mean
 from alignment.progress import track
 from alignment.rows import Row, count_rows, first_rows, located_rows
+from data_builders import vectors
 from data_builders.config import DriftConfig, UsageConfig
 from data_builders.embeddings import check_embedding, embed
 from data_builders.texts import check_texts, row_text
@@ -67,7 +68,7 @@ def check(config: DriftConfig) -> None:
         if source.vectors is None:
             check_texts(source.rows, config.column, config.turns)
         else:
-            load_vectors(source)
+            vectors.load(source.vectors)
         for number, row in enumerate(first_rows(source.rows, "any"), start=1):
             where = f"{source.rows} row {number}"
             if timed and config.time is not None:
@@ -94,29 +95,17 @@ def cut(stream: Rows, config: DriftConfig) -> list[Numbers]:
     return np.split(order, np.flatnonzero(np.diff(number)) + 1)
 
 
-def load_vectors(source: UsageConfig) -> NDArray[np.floating[Any]]:
-    try:
-        vectors_ND = np.load(str(source.vectors), mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source.vectors}: not an .npy file that can be read: {error}") from None
-    if vectors_ND.ndim != 2 or vectors_ND.dtype.kind != "f":
-        raise UserError(
-            f"{source.vectors}: {vectors_ND.dtype} of shape {vectors_ND.shape}, expected floats [rows, dimensions]"
-        )
-    return vectors_ND
-
-
 def _vectors(config: DriftConfig, source: UsageConfig, texts: list[str]) -> NDArray[np.floating[Any]]:
     if source.vectors is None:
         assert config.embedding is not None, "the config asks for it"
         return embed(texts, config.embedding)
-    vectors_ND = load_vectors(source)
+    vectors_ND = vectors.load(source.vectors)
     if len(vectors_ND) != len(texts):
         raise UserError(f"{source.vectors}: {len(vectors_ND)} vectors, but {source.rows} holds {len(texts)} rows")
     for start in range(0, len(vectors_ND), CHECKED_AT_ONCE):
         finite = np.isfinite(vectors_ND[start : start + CHECKED_AT_ONCE]).all(1)
         if not finite.all():
-            raise UserError(f"{source.vectors}: vector {start + int(finite.argmin())} is not finite")
+            raise UserError(f"{source.vectors} row {start + int(finite.argmin()) + 1}: the vector is not finite")
     return vectors_ND
 
 

@@ -12,7 +12,6 @@ all its processes' memory at its peak. FOLDER (default: a temporary one) takes 1
 
 import gzip
 import json
-import os
 import random
 import sys
 import tempfile
@@ -26,14 +25,13 @@ import psutil
 import yaml
 
 from alignment.rows import write_rows
-from benchmarks import report
+from benchmarks import DATA, data_at_hand, report
 from benchmarks.decontaminate import edits, meaning
 from data_builders import decontaminate
 from data_builders.config import DecontaminateConfig
 from data_builders.overlap import EvaluationRow, OverlapIndex, Shares
 from data_builders.words import words
 
-DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 PEER = "one shared word 8-gram is a hit (open-r1)"
 DEFAULTS = Shares(
     DecontaminateConfig.model_fields["words"].default, DecontaminateConfig.model_fields["renumbered"].default
@@ -42,8 +40,7 @@ ROWS, EVALUATION_ROWS, PEER_ROWS = 1_000_000, 10_000, 20_000
 
 
 def main(folder: Path | None = None) -> None:
-    if not DATA.is_dir():
-        print(f"skipped: {DATA} is absent", file=sys.stderr)
+    if not data_at_hand():
         return
     with tempfile.TemporaryDirectory() as scratch:
         speed(folder or Path(scratch))  # before an embedding model counts as this process's memory

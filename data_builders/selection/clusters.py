@@ -19,7 +19,7 @@ from sklearn.metrics import silhouette_score
 
 from alignment import atomic
 from alignment.errors import UserError
-from data_builders.selection.vectors import Vectors, blocks, sample
+from data_builders.vectors import Vectors, blocks, sample
 
 ROWS_PER_CLUSTER = 256  # more move a centre by little: its error falls as the root of their number
 ITERATIONS, STARTS = 20, 3

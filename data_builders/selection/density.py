@@ -35,7 +35,7 @@ from sklearn.decomposition import PCA
 
 from alignment.errors import UserError
 from data_builders.selection.config import DBSCANConfig
-from data_builders.selection.vectors import Vectors, blocks, sample
+from data_builders.vectors import Vectors, blocks, sample
 
 NOISE = -1
 LINKS = 64

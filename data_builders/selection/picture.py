@@ -17,7 +17,7 @@ from sklearn.decomposition import PCA
 from alignment import atomic
 from data_builders.selection.config import SelectConfig
 from data_builders.selection.sources import Sources
-from data_builders.selection.vectors import sample, take
+from data_builders.vectors import sample, take
 
 Array = NDArray[np.floating]
 

@@ -18,7 +18,7 @@ from data_builders.selection.distances import squared_mmd, total_variation
 from data_builders.selection.drawing import counts_of
 from data_builders.selection.quota import deficits, gap_quotas
 from data_builders.selection.sources import Rows, Sources
-from data_builders.selection.vectors import Vectors, sample, take
+from data_builders.vectors import Vectors, sample, take
 
 MMD_ROWS, BANDWIDTH_ROWS = 2_000, 1_000
 TABLE_ROWS = 40  # of selection.md; selection.json has all

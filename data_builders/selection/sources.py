@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from alignment.errors import UserError
 from alignment.progress import track
 from alignment.rows import count_rows, located_rows
+from data_builders import vectors
 from data_builders.embeddings import embedded
 from data_builders.selection import clusters as by_meaning
-from data_builders.selection import vectors
 from data_builders.selection.config import SelectConfig
 from data_builders.selection.drawing import counts_of, row_draw
-from data_builders.selection.vectors import Vectors
 from data_builders.texts import answer_text, row_text
+from data_builders.vectors import Vectors
 
 NO_LANGUAGE = ""
 

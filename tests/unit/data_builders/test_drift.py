@@ -203,10 +203,10 @@ def test_vectors_of_other_rows_are_refused(rows: list[Row], tmp_path: Path) -> N
         drift.run(config(tmp_path))
     vectors[7, 2] = np.nan
     np.save(tmp_path / "stream.npy", vectors)
-    with pytest.raises(UserError, match="stream.npy: vector 7 is not finite"):
+    with pytest.raises(UserError, match="stream.npy row 8: the vector is not finite"):
         drift.run(config(tmp_path))
     (tmp_path / "stream.npy").write_text("no array")
-    with pytest.raises(UserError, match="stream.npy: not an .npy file that can be read"):
+    with pytest.raises(UserError, match="stream.npy: not a .npy file of vectors"):
         drift.plan(config(tmp_path))
 
 

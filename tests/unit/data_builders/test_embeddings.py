@@ -127,7 +127,7 @@ def test_a_vector_of_no_direction_names_its_row(
     config: EmbeddingConfig, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
     use(monkeypatch, Letters(lambda text: [bad] * 5 if text == "text number 31 of 3" else [1.0] * 5))
-    with pytest.raises(UserError, match="letters: the vector of row 31 is zero or not finite, .*'text number 31 of 3'"):
+    with pytest.raises(UserError, match="letters: the vector of row 32 is zero or not finite, .*'text number 31 of 3'"):
         embed(TEXTS, config)
     assert len(shards(config)) == 1
 

@@ -22,7 +22,7 @@ def load(path: Path) -> Vectors:
     """The array in a .npy file, memory-mapped.
 
     Raises:
-        UserError: no such file, or not a two-dimensional array of float16 or float32.
+        UserError: no such file, or not a two-dimensional array of floats.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -30,16 +30,21 @@ def load(path: Path) -> Vectors:
         raise UserError(f"{path}: no such file of vectors") from None
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a .npy file of vectors: {error}") from None
-    if not isinstance(array, np.memmap) or array.ndim != 2 or array.dtype not in (np.float16, np.float32):
+    if not isinstance(array, np.memmap) or array.ndim != 2 or array.dtype.kind != "f":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "several arrays"
-        raise UserError(f"{path}: expected [rows, dimensions] of float16 or float32, found {found}")
+        raise UserError(f"{path}: expected floats [rows, dimensions], found {found}")
     return array
 
 
 def blocks(vectors_ND: Vectors, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The number of a block's first row and its rows [B, D], in order, at unit length."""
+    """The number of a block's first row and its rows [B, D], in order, at unit length.
+
+    Raises:
+        UserError: a row that is zero or not finite, here and below.
+    """
     for start in range(0, len(vectors_ND), rows):
-        yield start, _unit(_read(vectors_ND, start, min(rows, len(vectors_ND) - start)), start)
+        block = _read(vectors_ND, start, min(rows, len(vectors_ND) - start))
+        yield start, _unit(block, vectors_ND, np.arange(start, start + len(block)))
 
 
 def take(vectors_ND: Vectors, indices: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -47,7 +52,7 @@ def take(vectors_ND: Vectors, indices: NDArray[np.int64]) -> NDArray[np.float32]
     taken = np.empty((len(indices), vectors_ND.shape[1]), np.float32)
     for place, index in enumerate(indices.tolist()):
         taken[place] = _read(vectors_ND, index, 1)[0]
-    return _unit(taken, 0)
+    return _unit(taken, vectors_ND, indices)
 
 
 def sample(vectors_ND: Vectors, rows: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -65,9 +70,12 @@ def _read(vectors_ND: Vectors, start: int, rows: int) -> NDArray[np.floating]:
     return np.fromfile(vectors_ND.filename, vectors_ND.dtype, rows * width, offset=offset).reshape(rows, width)
 
 
-def _unit(block_BD: NDArray[np.floating], start: int) -> NDArray[np.float32]:
+def _unit(block_BD: NDArray[np.floating], of: Vectors, numbers_B: NDArray[np.int64]) -> NDArray[np.float32]:
+    """`numbers_B` are the rows' numbers in `of`."""
     block = block_BD.astype(np.float32)
     norms = np.linalg.norm(block, axis=1)
-    if not np.isfinite(norms).all():
-        raise UserError(f"vectors: row {start + int(np.argmin(np.isfinite(norms)))} holds a value that is not finite")
-    return block / np.maximum(norms, 1e-12)[:, None]
+    usable = (norms > 0) & np.isfinite(norms)
+    if not usable.all():
+        file = of.filename if isinstance(of, np.memmap) and of.filename is not None else "vectors"
+        raise UserError(f"{file} row {numbers_B[usable.argmin()] + 1}: the vector is zero or not finite")
+    return block / norms[:, None]
