@@ -34,7 +34,7 @@ from alignment.rows import write_rows
 from alignment.stats import mean_interval
 from benchmarks import report
 from data_builders import select
-from data_builders.kernel import median_distance
+from data_builders.gaussian_kernel import median_distance
 from data_builders.selection.config import SelectConfig
 from data_builders.selection.distances import squared_mmd, total_variation
 from data_builders.selection.quota import gap_quotas

@@ -26,7 +26,7 @@ from alignment.errors import UserError
 from alignment.progress import track
 from data_builders import two_sample
 from data_builders.config import DriftConfig, TriggerConfig
-from data_builders.kernel import Array
+from data_builders.gaussian_kernel import Array
 from data_builders.two_sample import Counts, Result
 
 CLUSTERING_BATCH = 4_096

@@ -67,14 +67,14 @@ def teach(config: LongCoTConfig, folder: Path, queries: int, writer: "Writer") -
         return {}
     student = models.load_tokenizer(ModelConfig(path=config.rollouts.model))
     prompts = (asked(row, config.teacher) for row in read_rows(folder / "rollouts" / "queries.jsonl", "prompt"))
-    asked_of: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with Verifier() as verifier:
         judge = Judge(verifier, detector(config.languages), config.languages, student, opened=opened(config.teacher))
-        chunks = overlapped(answered(config, prompts, folder / "teacher", asked_of), judge)
+        chunks = overlapped(answered(config, prompts, folder / "teacher", counts), judge)
         for judged in track(chunks, queries, "teacher", len):
             for answers in judged:
                 writer.add(answers)
-    return {**judge.counts, **asked_of}
+    return {**judge.counts, **counts}
 
 
 def asked(query: Row, teacher: TeacherConfig) -> Row:
@@ -96,11 +96,11 @@ def opened(teacher: TeacherConfig) -> bool:
     return opens(models.load_tokenizer(ModelConfig(path=teacher.model)), prompt)
 
 
-def answered(config: LongCoTConfig, prompts: Iterator[Row], folder: Path, asked_of: Counter[str]) -> Iterator[Chunk]:
+def answered(config: LongCoTConfig, prompts: Iterator[Row], folder: Path, counts: Counter[str]) -> Iterator[Chunk]:
     """The teacher's samples, and how often which server failed and which adapter was asked."""
     with asking(config.teacher, prompts, folder, config.seed) as (teacher, chunks):
         yield from chunks
-        asked_of.update(engine_metrics(teacher))
+        counts.update(engine_metrics(teacher))
 
 
 class Writer:

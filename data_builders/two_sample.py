@@ -18,7 +18,7 @@ from scipy.special import rel_entr
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from data_builders.kernel import Array, gaussian, median_distance
+from data_builders.gaussian_kernel import Array, gaussian, median_distance
 
 Counts = NDArray[np.int64]
 

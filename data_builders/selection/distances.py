@@ -6,7 +6,7 @@ Shapes: N rows of one set, M of the other, D dimensions, C clusters.
 import numpy as np
 from numpy.typing import NDArray
 
-from data_builders.kernel import Array, gaussian
+from data_builders.gaussian_kernel import Array, gaussian
 
 
 def total_variation(counts_C: NDArray[np.integer] | Array, others_C: NDArray[np.integer] | Array) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment import atomic
-from data_builders.kernel import median_distance
+from data_builders.gaussian_kernel import median_distance
 from data_builders.selection.config import SelectConfig
 from data_builders.selection.distances import squared_mmd, total_variation
 from data_builders.selection.drawing import counts_of

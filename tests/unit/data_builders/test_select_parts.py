@@ -7,7 +7,7 @@ import pytest
 from sklearn.cluster import DBSCAN
 
 from data_builders import vectors
-from data_builders.kernel import median_distance
+from data_builders.gaussian_kernel import median_distance
 from data_builders.selection import clusters, density, proximity
 from data_builders.selection.config import DBSCANConfig
 from data_builders.selection.distances import squared_mmd, total_variation
