@@ -257,6 +257,21 @@ def test_killed_and_resumed_it_ends_with_the_same_rows(
     assert again.total() <= CHUNK  # those under way
 
 
+def test_what_the_servers_fail_at_is_counted(settings: Callable[..., dict[str, Any]], server: Any) -> None:
+    """One answer of the rewriter is garbage and asked for again: the same rows, and one fault."""
+    models = {"rewrite": with_models(server.address)["rewrite"]}
+    smooth = run(settings("smooth", **models))
+    server.script.append("garbage")
+    rough = run(settings("rough", **models))
+    assert (rough / "rows.jsonl").read_bytes() == (smooth / "rows.jsonl").read_bytes()
+    found = (
+        json.loads((rough / "metrics.json").read_text()).items()
+        - json.loads((smooth / "metrics.json").read_text()).items()
+    )
+    [(name, count)] = found
+    assert name.startswith("rewrite.faults.") and name.endswith(server.address) and count == 1
+
+
 # The gates
 
 
