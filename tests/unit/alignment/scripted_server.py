@@ -68,14 +68,19 @@ class ScriptedServer:
 
     def _post(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         with self._lock:
-            self._now += 1
-            self.most_at_once = max(self.most_at_once, self._now)
             self.posts.append((time.monotonic(), body))
             self.authorization.add(handler.headers.get("Authorization"))
             word = self.script.popleft() if self.script else self.for_ever
             self._open.add(handler.connection)
+        self._spoilt_or(handler, word, lambda: self._counted(handler.path, body))
+
+    def _counted(self, path: str, body: Any) -> Any:
+        """The answer. Counted until it is sent: a client may ask again before the call that sends it has returned."""
+        with self._lock:
+            self._now += 1
+            self.most_at_once = max(self.most_at_once, self._now)
         try:
-            self._spoilt_or(handler, word, lambda: self.answer(handler.path, body))
+            return self.answer(path, body)
         finally:
             with self._lock:
                 self._now -= 1

@@ -159,14 +159,23 @@ def test_a_session_that_closes_between_two_steps_is_a_lost_connection(cluster, m
 
 
 def test_no_more_requests_at_once_than_allowed(cluster):
-    def slow(path: str, body: Any) -> Any:
-        time.sleep(0.05)
-        return echo(path, body)
+    def slow(server: ScriptedServer) -> ScriptedServer:
+        """Its first answers wait until as many requests have come as may, on however busy a machine."""
 
-    servers = [cluster.server(slow), cluster.server(slow)]
+        def answer(path: str, body: Any) -> Any:
+            until = time.monotonic() + 0.2
+            while server.most_at_once < 4 and time.monotonic() < until:
+                time.sleep(0.005)
+            time.sleep(0.05)
+            return echo(path, body)
+
+        server.answer = answer
+        return server
+
+    servers = [slow(cluster.server()), slow(cluster.server())]
     assert ask(cluster.pool(*servers), 40) == list(range(40))
     assert [server.most_at_once for server in servers] == [4, 4]
-    dead, alone = cluster.server(), cluster.server(slow)
+    dead, alone = cluster.server(), slow(cluster.server())
     pool = cluster.pool(dead, alone)
     dead.die()
     ask(pool, 40)
