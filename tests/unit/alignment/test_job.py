@@ -423,6 +423,7 @@ def test_sigterm_ends_with_143_and_the_same_command_resumes(count_job: list[str]
     with subprocess.Popen(count_job, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "running\n"
+        wait_for((tmp_path / "out" / "metrics.jsonl").exists)
         process.terminate()
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 143

@@ -102,8 +102,22 @@ def all_gone(pids: list[int]) -> bool:
 def test_poison_has_a_verdict_that_gives_no_reward(hasty, answer, gold):
     verdict = hasty.verify(Claim(rf"\boxed{{{answer}}}", gold))
     assert verdict is not Verdict.CORRECT
-    assert (verdict is Verdict.NO_ANSWER) == ((answer, gold) in (POISON["boxes"], POISON["braces"]))
-    assert (verdict is Verdict.BAD_GOLD) == ((answer, gold) in (POISON["broken gold"], POISON["digits in both"]))
+    assert verdict is not Verdict.NO_ANSWER or (answer, gold) in (POISON["boxes"], POISON["braces"])
+    assert verdict is not Verdict.BAD_GOLD or (answer, gold) in (POISON["broken gold"], POISON["digits in both"])
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        ("boxes", Verdict.NO_ANSWER),
+        ("braces", Verdict.NO_ANSWER),
+        ("broken gold", Verdict.BAD_GOLD),
+        ("digits in both", Verdict.BAD_GOLD),
+    ],
+)
+def test_poison_is_called_what_it_is_where_there_is_time(verifier, name, verdict):
+    answer, gold = POISON[name]
+    assert verifier.verify(Claim(rf"\boxed{{{answer}}}", gold)) is verdict
 
 
 def test_good_rows_among_poison_have_the_verdicts_they_have_alone():
