@@ -12,7 +12,8 @@ over the training rows: an embedding model that knows Thai and Indonesian, and h
 Each method draws the same number of rows; each adapter is trained by sft.train with the same recipe, by three seeds,
 which draw rows and weights. The measure is the held-out reviews' loss, row by row; intervals are for other reviews and
 other seeds (alignment.stats.crossed_interval). `linguistic` draws from Indonesian alone, and so does `within_language`,
-which is semantic_gap bound to it. Without SHARED_DATA nothing is measured.
+which is semantic_gap bound to it. `alone` is semantic_gap without the base's rows as `training`: the rows drawn are to
+be like the usage by themselves, `alone_within` the same bound to Indonesian. Without SHARED_DATA nothing is measured.
 """
 
 import csv
@@ -45,13 +46,24 @@ from sft.config import BASE, PackingConfig, PrepareConfig, SFTConfig, SourceConf
 USED = ("Beauty", "Body Care", "Health")
 NUSAX = {"indonesian": "id", "javanese": "jv", "english": "en"}
 BUDGET, SEEDS, CLUSTERS = 400, 3, 12
+INDONESIAN = {"languages": {"id": {"minimum": BUDGET}}}
 METHODS: dict[str, dict[str, Any]] = {
     "semantic_gap": {"method": "semantic_gap"},
     "random": {"method": "random"},
     "linguistic": {"method": "linguistic"},
-    "within_language": {"method": "semantic_gap", "constraints": {"languages": {"id": {"minimum": BUDGET}}}},
+    "within_language": {"method": "semantic_gap", "constraints": INDONESIAN},
+    "alone": {"method": "semantic_gap"},
+    "alone_within": {"method": "semantic_gap", "constraints": INDONESIAN},
 }
-COMPARED = (("semantic_gap", "random"), ("semantic_gap", "linguistic"), ("within_language", "linguistic"))
+COMPARED = (
+    ("semantic_gap", "random"),
+    ("semantic_gap", "linguistic"),
+    ("within_language", "linguistic"),
+    ("alone", "random"),
+    ("alone", "semantic_gap"),
+    ("alone", "linguistic"),
+    ("alone_within", "linguistic"),
+)
 THAI = (2_000, 4_000)  # rows for the base, and in the pool
 LONGEST = 240  # characters of a text
 PROMPT = [{"role": "user", "content": "?"}]
@@ -208,7 +220,7 @@ def study(folder: Path, base: Path, seeds: int) -> tuple[dict[str, Array], dict[
 
 
 def select_rows(folder: Path, method: str, seed: int) -> Path:
-    sources = ("pool", "target", "training")
+    sources = ("pool", "target") if method.startswith("alone") else ("pool", "target", "training")
     config = SelectConfig.model_validate(
         {
             "output_dir": folder / f"selected_{method}_{seed}",

@@ -58,7 +58,7 @@ class SelectConfig(JobConfig):
 
     rows: str = Field(description="the pool: a file, a folder or a hub id of rows of any kind")
     target: str | None = Field(None, description="a sample of the usage; default: the pool stands for itself")
-    training: str | None = Field(None, description="the rows that are trained on already")
+    training: str | None = Field(None, description="rows that are trained on with those drawn; none for an adapter")
     column: str | None = Field(None, description="default: the first of messages, prompt, question, problem, text")
     turns: Literal["user", "all"] = Field("user", description="which messages make a row's text")
     method: Literal["semantic_gap", "dbscan", "linguistic", "random"] = "semantic_gap"
