@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "linguistic": {"method": "linguistic"},
     "within_language": {"method": "semantic_gap", "constraints": INDONESIAN},
-    "alone": {"method": "semantic_gap"},
-    "alone_within": {"method": "semantic_gap", "constraints": INDONESIAN},
+    "alone": {"method": "semantic_gap", "training": None},
+    "alone_within": {"method": "semantic_gap", "training": None, "constraints": INDONESIAN},
 }
 COMPARED = (
     ("semantic_gap", "random"),
@@ -67,7 +67,10 @@ COMPARED = (
 THAI = (2_000, 4_000)  # rows for the base, and in the pool
 LONGEST = 240  # characters of a text
 PROMPT = [{"role": "user", "content": "?"}]
-SHAPE: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}  # fmt: skip
 VOCABULARY, CAPACITY, BATCH = 4096, 512, 64
 
 Array = NDArray[np.float64]
@@ -144,19 +147,22 @@ def wisesight() -> list[str]:
 
 def train_base(folder: Path) -> Path:
     """A base trained on the training rows alone; its tokenizer too."""
-    words = tokenizer.train(
-        (r["messages"][1]["content"] for r in read_rows(folder / "training.jsonl")), VOCABULARY, 512
-    )
+    fresh = fresh_llama(folder / "fresh", read_rows(folder / "training.jsonl"), VOCABULARY, SHAPE)
+    train.run(recipe(folder, fresh, folder / "training.jsonl", "base", 0, None))
+    return folder / "base" / "model"
+
+
+def fresh_llama(folder: Path, rows: Iterable[Row], vocabulary: int, shape: dict[str, Any]) -> Path:
+    """Random weights, the same every time, and a tokenizer trained on the rows' answers; returns `folder`."""
+    words = tokenizer.train((found["messages"][1]["content"] for found in rows), vocabulary, 512)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words), tie_word_embeddings=True, max_position_embeddings=512, eos_token_id=words.eos_token_id,
-        bos_token_id=None, pad_token_id=words.pad_token_id, **SHAPE,
+        vocab_size=len(words), tie_word_embeddings=True, eos_token_id=words.eos_token_id, bos_token_id=None,
+        pad_token_id=words.pad_token_id, **shape,
     )  # fmt: skip
-    fresh = LlamaForCausalLM(config)
-    fresh.save_pretrained(folder / "fresh")
-    words.save_pretrained(folder / "fresh")
-    train.run(recipe(folder, folder / "fresh", folder / "training.jsonl", "base", 0, None))
-    return folder / "base" / "model"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 def recipe(folder: Path, model: Path, rows: Path, name: str, seed: int, lora: LoRAConfig | None) -> SFTConfig:
@@ -220,7 +226,8 @@ def study(folder: Path, base: Path, seeds: int) -> tuple[dict[str, Array], dict[
 
 
 def select_rows(folder: Path, method: str, seed: int) -> Path:
-    sources = ("pool", "target") if method.startswith("alone") else ("pool", "target", "training")
+    settings = METHODS[method]
+    sources = [name for name in ("pool", "target", "training") if settings.get(name, name) is not None]
     config = SelectConfig.model_validate(
         {
             "output_dir": folder / f"selected_{method}_{seed}",
@@ -230,7 +237,7 @@ def select_rows(folder: Path, method: str, seed: int) -> Path:
             "clusters": CLUSTERS,
             "turns": "all",
             "vectors": {name: folder / f"{name}.npy" for name in sources},
-            **METHODS[method],
+            **settings,
         }
     )
     select.run(config)

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment import models, tokenizer
+from alignment import models
 from alignment.config import LoRAConfig, ModelConfig, TrainingConfig
 from alignment.rows import Row, read_rows, write_rows
 from alignment.stats import Interval, crossed_interval
 from benchmarks import DATA, data_at_hand, report
+from benchmarks.adapters import fresh_llama
 from sft import interference, train, update_adapter
 from sft.config import PackingConfig, PrepareConfig, SFTConfig, SourceConfig, UpdateConfig
 
@@ -42,7 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both, beta 1, all of the past": {"replay": {"weight": 1, "share": 1}},
 }
 STATED = "both"
-SHAPE: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "initializer_range": 0.05,
+}  # fmt: skip
 RATE, EPOCHS = 5e-3, 4
 
 Array = NDArray[np.float64]
@@ -74,16 +76,9 @@ def row(text: str, label: str, language: str) -> Row:
 
 
 def train_base(folder: Path) -> Path:
-    texts = (found["messages"][1]["content"] for code in TEXTS for found in read_rows(folder / f"{code}.jsonl"))
-    words = tokenizer.train(texts, 1000, 512)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), tie_word_embeddings=True, initializer_range=0.05, eos_token_id=words.eos_token_id,
-        bos_token_id=None, pad_token_id=words.pad_token_id, **SHAPE,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "fresh")
-    words.save_pretrained(folder / "fresh")
-    train.run(recipe(folder, "base", folder / "fresh", ["jv", OLD], 0, 3e-3, None))
+    rows = (found for code in TEXTS for found in read_rows(folder / f"{code}.jsonl"))
+    fresh = fresh_llama(folder / "fresh", rows, 1000, SHAPE)
+    train.run(recipe(folder, "base", fresh, ["jv", OLD], 0, 3e-3, None))
     return folder / "base" / "model"
 
 

@@ -83,7 +83,7 @@ def _some(rows: int, most: int, rng: np.random.Generator) -> NDArray[np.int64]:
 
 
 def _bandwidth(x_ND: Array, y_MD: Array, rng: np.random.Generator) -> float:
-    """The median distance in BANDWIDTH_ROWS of each sample: drawn alike from both, whatever row is in which."""
+    """The median distance of 2 BANDWIDTH_ROWS rows of the pooled sample, whatever row is in which of the two."""
     pooled = _some(len(x_ND) + len(y_MD), 2 * BANDWIDTH_ROWS, rng)
     first, second = pooled[pooled < len(x_ND)], pooled[pooled >= len(x_ND)] - len(x_ND)
     return median_distance(np.concatenate([x_ND[np.sort(first)], y_MD[np.sort(second)]]))

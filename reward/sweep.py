@@ -69,8 +69,7 @@ def _check_ranks() -> None:
 def write_variant(folder: Path, name: str, variant: RewardConfig) -> Path:
     """The config of a variant as a file, which reward.train takes; not in the variant's folder, which is that run's."""
     path = folder / "configs" / f"{name}.yaml"
-    text = variant.as_yaml()
-    atomic.write_text(path, text)
+    atomic.write_text(path, variant.as_yaml())
     return path
 
 

@@ -27,10 +27,26 @@ Batch = dict[str, Tensor | int]
 
 def plan_packs(mixture: Mixture, packing: PackingConfig, packs_per_step: int, seed: int) -> PackingPlan:
     """The packs of every epoch, one after the other; samples are numbers of rows."""
+    generators = [np.random.default_rng([seed, epoch]) for epoch in range(len(mixture.epochs))]
+    return plan_epochs(mixture.lengths, mixture.epochs, packing, packs_per_step, generators)
+
+
+def plan_epochs(
+    lengths: np.ndarray,
+    epochs: Sequence[np.ndarray],
+    packing: PackingConfig,
+    packs_per_step: int,
+    generators: Sequence[np.random.Generator],
+) -> PackingPlan:
+    """The packs of each epoch's rows, by its own generator, one epoch after the other.
+
+    Args:
+        lengths: of all rows.
+        epochs: the numbers of the rows of each.
+    """
     plans = []
-    for epoch, rows in enumerate(mixture.epochs):
-        generator = np.random.default_rng([seed, epoch])
-        plan = plan_epoch(mixture.lengths[rows], packing.capacity, packs_per_step, packing.bucket, generator)
+    for rows, generator in zip(epochs, generators, strict=True):
+        plan = plan_epoch(lengths[rows], packing.capacity, packs_per_step, packing.bucket, generator)
         plans.append(dataclasses.replace(plan, order=rows[plan.order]))
     return concatenate(plans)
 

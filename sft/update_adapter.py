@@ -15,7 +15,6 @@ version that it started from).
 Runs as one process.
 """
 
-import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +32,6 @@ from alignment import adapters, atomic, attention, job, models, training, versio
 from alignment.apportion import stratified
 from alignment.errors import UserError, did_you_mean
 from alignment.fingerprint import weights_hash
-from alignment.packing import concatenate, plan_epoch
 from alignment.rows import first_rows, local_inputs, read_rows
 from alignment.versions import Version
 from sft import data, ewc, gate
@@ -225,12 +223,9 @@ def _replay(config: UpdateConfig, past: Held, pad_id: int) -> data.PackedRows | 
     draws = [np.array(drawn, np.int64) for drawn in _replay_rows(config, past)]
     if not len(draws[0]) or not config.replay.weight:
         return None
-    generator = np.random.default_rng([config.seed, REPLAY])
-    plans = []
-    for drawn in draws:
-        plan = plan_epoch(past.rows.lengths[drawn], config.packing.capacity, 1, config.packing.bucket, generator)
-        plans.append(dataclasses.replace(plan, order=drawn[plan.order]))
-    return data.PackedRows(past.rows, concatenate(plans), None, pad_id)
+    generators = [np.random.default_rng([config.seed, REPLAY])] * len(draws)  # one, which goes on
+    plan = data.plan_epochs(past.rows.lengths, draws, config.packing, 1, generators)
+    return data.PackedRows(past.rows, plan, None, pad_id)
 
 
 def _replayed(config: UpdateConfig, past: Held) -> dict[str, dict[str, int]]:
