@@ -22,6 +22,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from alignment import cores
 from alignment.errors import UserError
 
 Status = Literal["ok", "note", "wrong"]
@@ -92,12 +93,7 @@ def cpu(info: Path = Path("/proc/cpuinfo")) -> Check:
     present = set(flags[1].split()) if flags else set()
     units = [name for flag, name in CPU_FLAGS.items() if flag in present]
     name = model[1].strip() if model else platform.machine()
-    return Check("CPU", "ok", f"{name}, {usable_cores()} cores; {', '.join(units) or 'no AVX2, AVX-512 or AMX'}")
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check("CPU", "ok", f"{name}, {len(cores.usable())} cores; {', '.join(units) or 'no AVX2, AVX-512 or AMX'}")
 
 
 def memory() -> Check:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alignment import job
+from alignment import cores, job
 from alignment.errors import UserError, did_you_mean
 
 
@@ -74,7 +74,11 @@ def _config(parsed: argparse.Namespace) -> Any:
 
 
 def _check(parsed: argparse.Namespace, config: Any) -> None:
-    """Refuse a port that cannot be used, and share the cores among the ranks."""
+    """Refuse a port that cannot be used, and share the cores among the ranks.
+
+    Without OMP_NUM_THREADS, accelerate gives CPU ranks the threads of all.
+    """
+    import torch
     from accelerate.utils import is_port_in_use
 
     if config is None:
@@ -83,7 +87,9 @@ def _check(parsed: argparse.Namespace, config: Any) -> None:
     if port and is_port_in_use(port):  # on one machine accelerate would only warn, and take another
         raise UserError(f"port {port} is in use; choose another main_process_port, or 0 for any that is free")
     ranks = (parsed.num_processes or config.num_processes) // (parsed.num_machines or config.num_machines)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores.usable()) // ranks)))
+    if not torch.cuda.is_available():
+        cores.give_to_ranks(ranks)
 
 
 def _dry_run(parsed: argparse.Namespace, config: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from alignment import adapters, models
+from alignment import adapters, cores, models
 from alignment.config import LoRAConfig, ModelConfig, TrainingConfig
 from alignment.errors import UserError
 from alignment.job import Interrupted, Job, deferred_interrupts
@@ -108,11 +108,13 @@ def train(trainer: Trainer, job: Job) -> dict[str, float]:
     """Run `trainer` from its last whole checkpoint, or from the start, to its end. Returns its final metrics.
 
     A checkpoint of another layout (ranks, expert-parallel size) is converted first; see alignment/moe/resume.py.
+    From here on the rank keeps to the cores that `alignment.launch` gave it.
 
     Raises:
         Interrupted: after a signal, once the step is done and a checkpoint is written.
         UserError: the checkpoint's layout is another, and the run could not go on from it as it was.
     """
+    cores.keep_to_own()
     checkpoint = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
     trainer.remove_callback(PrinterCallback)
     with deferred_interrupts() as pending:

@@ -1,5 +1,5 @@
-"""The expert layer under AutoEP against DeepSpeed's classic MoE and transformers' eager experts, on two gloo ranks;
-and the share that the router losses have of a training step, in one process.
+"""The expert layer under AutoEP against DeepSpeed's classic MoE and transformers' eager experts, on two gloo ranks,
+each on its own cores; and the share that the router losses have of a training step, in one process.
 
     python -m benchmarks.moe
 
@@ -27,6 +27,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import silu
 
+from alignment import cores
 from alignment.models import preset_config
 from alignment.moe.autoep import autoep_layers, install_autoep
 from alignment.moe.router_losses import expert_counts, load_share, router_losses
@@ -35,13 +36,12 @@ from alignment.moe.trainer import ddp_backend
 from benchmarks import in_turns, report, speedup
 
 RANKS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 384, 256, 48, 4
-TOKENS, SKEWED_TOKENS = 256, 512
-ROUTERS, ROUNDS, SHARE_ROUNDS = 7, 5, 21
-STEP_TOKENS = 512  # the demo's packs
+TOKENS = 512  # of a rank; the demo's packs
+ROUTERS, ROUNDS, SHARE_ROUNDS = 7, 9, 21
 SKEW = 8.0  # added to one expert's logit, where the others have a standard deviation of 1
 SETTINGS = {
     "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32", "hidden": HIDDEN,
-    "expert_width": WIDTH, "experts": EXPERTS, "top_k": TOP_K,
+    "expert_width": WIDTH, "experts": EXPERTS, "top_k": TOP_K, "tokens_a_rank": TOKENS,
 }  # fmt: skip
 
 
@@ -67,12 +67,11 @@ class Layers:
         self.ours = under_autoep(one_layer())
         self.classic = classic_layer(self.eager.experts, rank)
         generator = torch.Generator().manual_seed(rank)
-        self.rows_1TD, self.gradients_1TD = torch.randn(2, 1, SKEWED_TOKENS, HIDDEN, generator=generator)
-        self.rows_1TD[..., -1] = 1  # so that the last column of the router's weights is a bias
+        self.x_1TD, self.gradient_1TD = torch.randn(2, 1, TOKENS, HIDDEN, generator=generator)
+        self.x_1TD[..., -1] = 1  # so that the last column of the router's weights is a bias
 
-    def route(self, router: int, tokens: int, skew: float = 0.0) -> None:
-        """Draw the router's weights, add `skew` to the first expert's logit, and pass this many tokens from now on."""
-        self.x_1TD, self.gradient_1TD = self.rows_1TD[:, :tokens], self.gradients_1TD[:, :tokens].contiguous()
+    def route(self, router: int, skew: float = 0.0) -> None:
+        """Draw the router's weights, and add `skew` to the first expert's logit."""
         gate_ED = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(router)) / HIDDEN**0.5
         gate_ED[:, -1] = 0
         gate_ED[0, -1] = skew
@@ -116,7 +115,7 @@ class Layers:
     def fullest_over_mean(self) -> float:
         fullest = self.classic.deepspeed_moe.exp_counts.max().clone()
         dist.all_reduce(fullest, op=dist.ReduceOp.MAX)
-        return fullest.item() / (self.x_1TD.shape[1] * TOP_K / EXPERTS)
+        return fullest.item() / (TOKENS * TOP_K / EXPERTS)
 
 
 def resident(field: str) -> int:
@@ -179,11 +178,11 @@ def measure(rank: int) -> None:
 
     balanced, fullest = [], []
     for router in range(ROUTERS):
-        layers.route(router, TOKENS)
+        layers.route(router)
         balanced.append(compare(layers.classic))
         fullest.append(layers.fullest_over_mean())
     over_eager = compare(layers.eager)
-    layers.route(0, SKEWED_TOKENS, SKEW)
+    layers.route(0, SKEW)
     skewed, skewed_fullest = compare(layers.classic), layers.fullest_over_mean()
     ours_bytes, classic_bytes = layers.peak_bytes(layers.ours), layers.peak_bytes(layers.classic)
     if rank > 0:
@@ -191,11 +190,10 @@ def measure(rank: int) -> None:
     classic = f"deepspeed {deepspeed.__version__} moe.layer.MoE, k=4, no tokens dropped"
     eager = f"transformers {transformers.__version__} eager experts, all of them on each rank"
     ours, peers = (mean([pair[side] for pair in balanced]) for side in (0, 1))
-    settings = SETTINGS | {"tokens_a_rank": TOKENS}
-    speedup("moe.experts_over_eager", eager, over_eager, ROUNDS, **settings)
-    settings |= {"routers": ROUTERS, "fullest_over_mean": round(mean(fullest), 2)}
+    speedup("moe.experts_over_eager", eager, over_eager, ROUNDS, **SETTINGS)
+    settings = SETTINGS | {"routers": ROUTERS, "fullest_over_mean": round(mean(fullest), 2)}
     speedup("moe.autoep_over_classic_balanced", classic, (ours, peers), ROUNDS, **settings)
-    settings = SETTINGS | {"tokens_a_rank": SKEWED_TOKENS, "fullest_over_mean": round(skewed_fullest, 2)}
+    settings = SETTINGS | {"fullest_over_mean": round(skewed_fullest, 2)}
     speedup("moe.autoep_over_classic_skewed", classic, skewed, ROUNDS, **settings)
     settings |= {"measure": "peak resident bytes that a pass adds", "bytes": ours_bytes, "peer_bytes": classic_bytes}
     settings["peer_value"] = 1.0
@@ -211,8 +209,8 @@ def router_loss_share() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters())
     watch = RouterWatch(model)
-    ids = torch.randint(2048, (1, STEP_TOKENS), generator=torch.Generator().manual_seed(0))
-    mask_T = torch.ones(STEP_TOKENS, dtype=torch.bool)
+    ids = torch.randint(2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    mask_T = torch.ones(TOKENS, dtype=torch.bool)
     with watch.recording() as routing:
         model(input_ids=ids)
     logits = {layer: logits_TE.detach().requires_grad_() for layer, logits_TE in routing.logits.items()}
@@ -226,12 +224,12 @@ def router_loss_share() -> None:
     def losses() -> tuple[torch.Tensor, ...]:
         logits_LTE = seen.logits_LTE
         share_LE = load_share(expert_counts(seen.selected_LTK, mask_T, logits_LTE.shape[-1]))
-        found = router_losses(logits_LTE, share_LE, mask_T, STEP_TOKENS)
+        found = router_losses(logits_LTE, share_LE, mask_T, TOKENS)
         return torch.autograd.grad((0.01 * found.balance + 0.001 * found.z).sum(), list(logits.values()))
 
     added, whole = in_turns(losses, step, SHARE_ROUNDS, warm_up=3)
     settings = {
-        "model": "compass-tiny", "tokens": STEP_TOKENS, "layers": config.num_hidden_layers, "threads": 1,
+        "model": "compass-tiny", "tokens": TOKENS, "layers": config.num_hidden_layers, "threads": 1,
         "dtype": "float32", "seconds": round(added, 5), "step_seconds": round(whole, 4), "rounds": SHARE_ROUNDS,
         "peer_value": 1.0,
     }  # fmt: skip
@@ -242,6 +240,8 @@ def router_loss_share() -> None:
 def rank_main(rank: int, store: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), ACCELERATE_USE_DEEPSPEED="true")
     torch.set_num_threads(1)
+    cores.give_to_ranks(RANKS)
+    cores.keep_to_own()
     backend = ddp_backend()
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=RANKS)
     import deepspeed

@@ -49,27 +49,26 @@ def router_losses(
         tokens: B. Zero tokens give zero losses.
         score: how the router turns logits into scores.
     """
-    logits_LTE = logits_LTE.float()
-    mask_T = mask_T.to(logits_LTE.dtype)
-    per_token = mask_T / torch.as_tensor(tokens, device=mask_T.device).clamp(min=1)
-    experts = logits_LTE.shape[-1]
-    probability_LTE = probabilities(logits_LTE, score)
-    mean_probability_LE = torch.einsum("lte,t->le", probability_LTE, per_token)
+    # Experts before tokens: torch's softmax is ten times slower over a short last dimension.
+    logits_LET = logits_LTE.float().transpose(1, 2).contiguous()
+    experts = logits_LET.shape[1]
+    per_token = mask_T.to(logits_LET.dtype) / torch.as_tensor(tokens, device=mask_T.device).clamp(min=1)
+    probability_LET = _probabilities(logits_LET, score)
     with torch.no_grad():
-        entropy_LT = torch.special.entr(probability_LTE).sum(-1) / math.log(experts)
+        entropy_LT = torch.special.entr(probability_LET).sum(1) / math.log(experts)
     return RouterLosses(
-        balance=experts * (mean_probability_LE * load_share_LE.detach().to(logits_LTE.dtype)).sum(-1),
-        z=logits_LTE.logsumexp(-1).square() @ per_token,
+        balance=experts * (probability_LET @ per_token * load_share_LE.detach().to(logits_LET.dtype)).sum(-1),
+        z=logits_LET.logsumexp(1).square() @ per_token,
         entropy=entropy_LT @ per_token,
     )
 
 
-def probabilities(logits: Tensor, score: Score) -> Tensor:
-    """The router's scores as shares of 1, over the last dimension."""
+def _probabilities(logits_LET: Tensor, score: Score) -> Tensor:
+    """The router's scores as shares of 1."""
     if score == "softmax":
-        return functional.softmax(logits, dim=-1)
-    scores = logits.sigmoid()
-    return scores / scores.sum(-1, keepdim=True)
+        return functional.softmax(logits_LET, dim=1)
+    scores_LET = logits_LET.sigmoid()
+    return scores_LET / scores_LET.sum(1, keepdim=True)
 
 
 def expert_counts(selected_LTK: Tensor, mask_T: Tensor, experts: int) -> Tensor:

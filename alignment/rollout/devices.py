@@ -1,16 +1,14 @@
 """Which devices of this machine each of several vLLM servers gets."""
 
 import os
-from itertools import pairwise
-from pathlib import Path
 
 import torch
 
+from alignment import cores
 from alignment.config import EngineConfig
 from alignment.errors import UserError
 
 GPUS, CORES = "CUDA_VISIBLE_DEVICES", "VLLM_CPU_OMP_THREADS_BIND"
-SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 def bindings(config: EngineConfig) -> list[dict[str, str]]:
@@ -43,15 +41,4 @@ def _gpus() -> list[str]:
 def _lists_of_cores(count: int) -> list[str]:
     """`count` lists that share this process's cores; fewer where there are fewer cores."""
     given = os.environ.get(CORES, "auto")
-    if given != "auto":
-        return given.split("|")
-    cores = sorted(os.sched_getaffinity(0), key=lambda core: (_first_sibling(core), core))
-    lists = min(count, len(cores))
-    ends = [i * len(cores) // lists for i in range(lists + 1)]
-    return [",".join(map(str, cores[begin:end])) for begin, end in pairwise(ends)]
-
-
-def _first_sibling(core: int) -> int:
-    """The number of the physical core: the first of the logical ones on it, which belong to one server."""
-    path = Path(SIBLINGS.format(core))
-    return int(path.read_text().replace("-", ",").split(",")[0]) if path.exists() else core
+    return cores.shares(count) if given == "auto" else given.split("|")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment import doctor
+from alignment import cores, doctor
 from alignment.doctor import Check
 from alignment.moe import autoep
 
@@ -75,7 +75,7 @@ def test_table_shows_every_check() -> None:
 )
 def test_cpu_and_its_vector_units(tmp_path: Path, info: str, expected: str) -> None:
     (tmp_path / "cpuinfo").write_text(info)
-    assert doctor.cpu(tmp_path / "cpuinfo").detail == expected.format(doctor.usable_cores())
+    assert doctor.cpu(tmp_path / "cpuinfo").detail == expected.format(len(cores.usable()))
     assert doctor.cpu(tmp_path / "missing").detail.endswith("no AVX2, AVX-512 or AMX")
 
 

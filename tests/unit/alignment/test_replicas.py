@@ -11,9 +11,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from alignment import cores
 from alignment.config import EngineConfig
 from alignment.errors import UserError
-from alignment.rollout import devices, place, replicas
+from alignment.rollout import place, replicas
 from alignment.rollout.devices import bindings
 from alignment.rollout.guard import KeyEverywhere
 from alignment.rollout.replicas import Replicas
@@ -57,8 +58,8 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     (tmp_path / "server.py").write_text(SERVER)
     kept = (sys.executable, "-m", "alignment.rollout.keeper", sys.executable, str(tmp_path / "server.py"))
     monkeypatch.setattr(replicas, "KEPT", kept)
-    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr(devices, "SIBLINGS", str(tmp_path / "{}"))
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(cores, "SIBLINGS", str(tmp_path / "{}"))
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(replicas.tempfile, "tempdir", None)
