@@ -1,10 +1,11 @@
 """The cores of this machine, shared among the processes of a job.
 
-Ranks that move between cores lose their caches and wait for one another: two ranks on two cores train 1.1 times as fast
-when each stays on its own (benchmarks/RESULTS.md).
+A rank that the system moves between cores keeps the others waiting wherever they exchange tokens: two expert-parallel
+ranks on two cores train 1.1 times as fast when each stays on its own (benchmarks/RESULTS.md).
 """
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -48,15 +49,23 @@ def keep_to_own() -> None:
     if not given or rank is None:
         return
     try:
-        own = [int(core) for core in given.split("|")[int(rank)].split(",")]
-        for thread in Path("/proc/self/task").iterdir():
-            with suppress(ProcessLookupError):  # it has ended since
-                os.sched_setaffinity(int(thread.name), own)
+        keep_to([int(core) for core in given.split("|")[int(rank)].split(",")])
     except (IndexError, ValueError, OSError) as error:
         raise UserError(
             f"{OF_RANKS}={given}: expected a list of this machine's cores for each of its ranks, such as 0,1|2,3 "
             f"({error}); empty to let the system choose"
         ) from None
+
+
+def keep_to(own: Collection[int]) -> None:
+    """Keep every thread of this process to these cores.
+
+    Raises:
+        OSError: none of them is a core that this process may run on.
+    """
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(thread.name), own)
 
 
 def _first_sibling(core: int) -> int:

@@ -38,6 +38,8 @@ from benchmarks import in_turns, report, speedup
 RANKS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 384, 256, 48, 4
 TOKENS = 512  # of a rank; the demo's packs
 ROUTERS, ROUNDS, SHARE_ROUNDS = 7, 9, 21
+PASSES = 20  # on own cores or on any, before the ranks are moved
+EVERY_CORE = os.sched_getaffinity(0)
 SKEW = 8.0  # added to one expert's logit, where the others have a standard deviation of 1
 SETTINGS = {
     "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32", "hidden": HIDDEN,
@@ -96,6 +98,19 @@ class Layers:
         expected = self.run(self.eager)
         torch.testing.assert_close(self.run(self.ours), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(self.run(self.classic), expected, atol=1e-5, rtol=1e-5)
+
+    def on_own_cores_and_any(self) -> tuple[float, float]:
+        """Median seconds of some passes with this rank on its own cores, and on all."""
+        own, every = os.sched_getaffinity(0), EVERY_CORE
+
+        def passes(on: set[int]) -> None:
+            cores.keep_to(on)
+            for _ in range(PASSES):
+                self.run(self.ours)
+
+        seconds = in_turns(lambda: passes(own), lambda: passes(every), ROUNDS)
+        cores.keep_to(own)
+        return seconds
 
     def peak_bytes(self, layer: nn.Module) -> float:
         """What the layer adds to resident memory at its peak, the larger of the ranks; of three, the median."""
@@ -182,6 +197,7 @@ def measure(rank: int) -> None:
         balanced.append(compare(layers.classic))
         fullest.append(layers.fullest_over_mean())
     over_eager = compare(layers.eager)
+    own_cores = layers.on_own_cores_and_any()
     layers.route(0, SKEW)
     skewed, skewed_fullest = compare(layers.classic), layers.fullest_over_mean()
     ours_bytes, classic_bytes = layers.peak_bytes(layers.ours), layers.peak_bytes(layers.classic)
@@ -191,6 +207,8 @@ def measure(rank: int) -> None:
     eager = f"transformers {transformers.__version__} eager experts, all of them on each rank"
     ours, peers = (mean([pair[side] for pair in balanced]) for side in (0, 1))
     speedup("moe.experts_over_eager", eager, over_eager, ROUNDS, **SETTINGS)
+    passes = SETTINGS | {"passes": PASSES}
+    speedup("moe.own_cores_over_any", "ranks where the system puts them", own_cores, ROUNDS, **passes)
     settings = SETTINGS | {"routers": ROUTERS, "fullest_over_mean": round(mean(fullest), 2)}
     speedup("moe.autoep_over_classic_balanced", classic, (ours, peers), ROUNDS, **settings)
     settings = SETTINGS | {"fullest_over_mean": round(skewed_fullest, 2)}

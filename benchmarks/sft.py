@@ -4,8 +4,7 @@
 
 TRL runs in its three modes: padded batches, batches of like length, and packs by best fit decreasing. All train the
 same model on the same rows with about as many tokens a step, the assistant's tokens alone bear loss, and every run has
-processes of its own, in turns: ours changes TRL where it is imported. Ours runs once more with each rank on its own
-cores, as `alignment.launch` lays them out. The rows are those of ../shared/data where that
+processes of its own, in turns: ours changes TRL where it is imported. The rows are those of ../shared/data where that
 is there, else made of words, of log-normal length.
 """
 
@@ -26,7 +25,6 @@ import numpy as np
 import torch
 from torch.multiprocessing.spawn import spawn
 
-from alignment import cores
 from benchmarks import report
 
 RANKS, ROUNDS, STEPS, WARM_UP = 2, 3, 10, 2
@@ -201,10 +199,6 @@ def rank_main(rank: int, what: str, folder: Path, port: int) -> None:
             found = {mode: train(peer(mode, folder, tokenizer)) for mode in PEERS}
         case "ours":
             found = {"ours": train(ours(folder, tokenizer))}
-        case "own cores":
-            cores.give_to_ranks(RANKS)
-            cores.keep_to_own()
-            found = {what: train(ours(folder, tokenizer))}
         case "loss":
             found = {
                 "packed": train(ours(folder, tokenizer, LOSS_STEPS)),
@@ -236,9 +230,9 @@ def main() -> None:
         write_rows(folder / "rows.jsonl", conversations)
         texts = (message["content"] for row in conversations for message in row["messages"])
         tokenizer.train(texts, VOCABULARY, 4096).save_pretrained(folder / "tokenizer")
-        runs = [launch("ours", folder) | launch("own cores", folder) | launch("peers", folder) for _ in range(ROUNDS)]
+        runs = [launch("ours", folder) | launch("peers", folder) for _ in range(ROUNDS)]
         gap = launch("loss", folder)
-    speeds = {mode: statistics.median(run[mode]["speed"] for run in runs) for mode in ("ours", "own cores", *PEERS)}
+    speeds = {mode: statistics.median(run[mode]["speed"] for run in runs) for mode in ("ours", *PEERS)}
     settings: dict[str, Any] = {
         "rows": f"{len(conversations):,} of {source}", "ranks": RANKS, "threads_a_rank": 1, "dtype": "float32",
         "rounds": ROUNDS, "steps": STEPS - WARM_UP, "model": "Ernie4_5_Moe, 10M parameters",
@@ -249,10 +243,6 @@ def main() -> None:
         found = {"own_value": round(speeds["ours"]), "peer_value": round(speeds[mode])}
         named = f"trl {trl.__version__} SFTTrainer, {NAMES[mode]}"
         report(f"sft.valid_tokens_over_trl_{mode}", speeds["ours"] / speeds[mode], "x", named, **found, **settings)
-    found = {"own_value": round(speeds["own cores"]), "peer_value": round(speeds["ours"])}
-    report(
-        "sft.own_cores_over_any", speeds["own cores"] / speeds["ours"], "x", "ranks on any cores", **found, **settings
-    )
     worst = max(abs(a - b) for a, b in zip(gap["packed"]["losses"], gap["singly"]["losses"], strict=True))
     settings = {"steps": LOSS_STEPS, "losses": gap["packed"]["losses"][:3], "peer_value": 0.0}
     report("sft.loss_gap_max", worst, "nats", "one sample at a time", better="lower", **settings)
