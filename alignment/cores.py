@@ -12,14 +12,14 @@ from pathlib import Path
 
 from alignment.errors import UserError
 
-SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+TOPOLOGY = Path("/sys/devices/system/cpu")
 OF_RANKS = "ALIGNMENT_RANK_CORES"  # a list of cores a rank, between |; empty: ranks run where the system puts them
 
 
 def usable() -> list[int]:
-    """The cores that this process may run on, those of one physical core side by side."""
+    """The cores that this process may run on, those of one socket and those of one physical core side by side."""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return sorted(cores, key=lambda core: (_first_sibling(core), core))
+    return sorted(cores, key=_place)
 
 
 def shares(count: int) -> list[str]:
@@ -68,7 +68,10 @@ def keep_to(own: Collection[int]) -> None:
             os.sched_setaffinity(int(thread.name), own)
 
 
-def _first_sibling(core: int) -> int:
-    """The number of the physical core: the first of the logical ones on it."""
-    path = Path(SIBLINGS.format(core))
-    return int(path.read_text().replace("-", ",").split(",")[0]) if path.exists() else core
+def _place(core: int) -> tuple[int, int, int]:
+    """The numbers of the core's socket, of its physical core (the first of the logical ones on it), and its own."""
+    told = TOPOLOGY / f"cpu{core}" / "topology"
+    if not told.is_dir():
+        return 0, core, core
+    siblings = (told / "thread_siblings_list").read_text()
+    return int((told / "physical_package_id").read_text()), int(siblings.replace("-", ",").split(",")[0]), core

@@ -30,14 +30,21 @@ wait.set()
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Four logical cores on two physical ones: 0 and 2, 1 and 3."""
+    """Two sockets, numbered in turns, of one physical core each with two logical ones: 0 and 2, 1 and 3."""
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr(cores, "SIBLINGS", str(tmp_path / "{}"))
-    for core, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
-        (tmp_path / str(core)).write_text(siblings + "\n")
+    monkeypatch.setattr(cores, "TOPOLOGY", tmp_path)
+    for core in range(4):
+        describe(tmp_path, core, socket=core % 2, siblings=("0,2", "1,3")[core % 2])
     for name in (cores.OF_RANKS, "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that what the launcher sets is undone
         monkeypatch.delenv(name)
+
+
+def describe(topology: Path, core: int, socket: int, siblings: str) -> None:
+    told = topology / f"cpu{core}" / "topology"
+    told.mkdir(parents=True, exist_ok=True)
+    (told / "physical_package_id").write_text(f"{socket}\n")
+    (told / "thread_siblings_list").write_text(f"{siblings}\n")
 
 
 def kept(given: str | None, rank: str | None = "1") -> str:
@@ -48,6 +55,18 @@ def kept(given: str | None, rank: str | None = "1") -> str:
     return subprocess.run(
         [sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, check=True, timeout=60
     ).stdout.strip()
+
+
+def test_sockets_come_before_cores(machine: None, tmp_path: Path) -> None:
+    """Four cores without siblings, 0 and 3 on one socket."""
+    for core, socket in enumerate((0, 1, 1, 0)):
+        describe(tmp_path, core, socket, str(core))
+    assert cores.shares(2) == ["0,3", "1,2"]
+
+
+def test_cores_that_nothing_is_said_of_come_in_order(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "TOPOLOGY", Path("/nowhere"))
+    assert cores.shares(2) == ["0,1", "2,3"]
 
 
 def test_threads_of_one_physical_core_are_not_parted(machine: None) -> None:

@@ -59,7 +59,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     kept = (sys.executable, "-m", "alignment.rollout.keeper", sys.executable, str(tmp_path / "server.py"))
     monkeypatch.setattr(replicas, "KEPT", kept)
     monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
-    monkeypatch.setattr(cores, "SIBLINGS", str(tmp_path / "{}"))
+    monkeypatch.setattr(cores, "TOPOLOGY", tmp_path / "cpu")
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(replicas.tempfile, "tempdir", None)
@@ -136,10 +136,9 @@ def test_a_server_that_does_not_start_is_named_with_its_last_error(tmp_path: Pat
     assert log.startswith(f"its log: {tmp_path}") and Path(log.removeprefix("its log: ")).exists()
 
 
-def test_devices_are_shared_out_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logical cores 0 and 2 are one physical core, as are 1 and 3."""
-    for core, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
-        (tmp_path / str(core)).write_text(siblings)
+def test_devices_are_shared_out_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What shares a socket or a physical core stays together: see test_cores."""
+    monkeypatch.setattr(cores, "usable", lambda: [0, 2, 1, 3])
     assert bindings(config()) == [{"VLLM_CPU_OMP_THREADS_BIND": "0,2"}, {"VLLM_CPU_OMP_THREADS_BIND": "1,3"}]
     assert bindings(config(tensor_parallel_size=2))[1] == {"VLLM_CPU_OMP_THREADS_BIND": "1|3"}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "4-7|8-9")
