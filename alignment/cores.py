@@ -34,27 +34,39 @@ def give_to_ranks(ranks: int) -> None:
     """Say in the environment which cores each rank of this machine has, unless something is said there.
 
     Nothing where there are more ranks than cores, or where the system knows no such assignment.
+
+    Raises:
+        UserError: what is said there is not a list for each rank, of cores that this process may run on.
     """
-    if ranks <= len(usable()) and hasattr(os, "sched_setaffinity"):
-        os.environ.setdefault(OF_RANKS, "|".join(shares(ranks)))
+    given = os.environ.get(OF_RANKS)
+    if given:
+        _check(given, ranks)
+    elif given is None and ranks <= len(usable()) and hasattr(os, "sched_setaffinity"):
+        os.environ[OF_RANKS] = "|".join(shares(ranks))
+
+
+def _check(given: str, ranks: int) -> None:
+    there = usable()
+    try:
+        whole = len(lists := _lists(given)) == ranks and set().union(*lists) <= set(there)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{OF_RANKS}={given}: expected {ranks} lists, one a rank, of the cores {','.join(map(str, there))}, "
+            f"such as {'|'.join(shares(ranks))}; empty to let the system choose"
+        )
 
 
 def keep_to_own() -> None:
-    """Keep this rank, with all its threads, to the cores that it was given; without such it stays as it is.
-
-    Raises:
-        UserError: what is said of the rank's cores is no list of cores that there are.
-    """
+    """Keep this rank, with all its threads, to the cores that it was given; without such it stays as it is."""
     given, rank = os.environ.get(OF_RANKS), os.environ.get("LOCAL_RANK")
-    if not given or rank is None:
-        return
-    try:
-        keep_to([int(core) for core in given.split("|")[int(rank)].split(",")])
-    except (IndexError, ValueError, OSError) as error:
-        raise UserError(
-            f"{OF_RANKS}={given}: expected a list of this machine's cores for each of its ranks, such as 0,1|2,3 "
-            f"({error}); empty to let the system choose"
-        ) from None
+    if given and rank is not None:
+        keep_to(_lists(given)[int(rank)])
+
+
+def _lists(given: str) -> list[set[int]]:
+    return [set(map(int, cores.split(","))) for cores in given.split("|")]
 
 
 def keep_to(own: Collection[int]) -> None:

@@ -30,7 +30,8 @@ def launch(arguments: Sequence[str]) -> None:
     """Run `accelerate launch` in this process.
 
     Raises:
-        UserError: the port is in use, or the launcher's config cannot be read.
+        UserError: the port is in use, the launcher's config cannot be read, or what is said of the ranks' cores is not a
+            list for each of them.
         job.RankFailed: a rank ended with another code than 0; its message stands above.
     """
     import torch

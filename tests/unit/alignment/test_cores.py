@@ -10,20 +10,17 @@ import pytest
 import torch
 
 from alignment import cores, launch
+from alignment.errors import UserError
 
 KEPT = """
 import os, threading
 from alignment import cores
-from alignment.errors import UserError
 
 wait = threading.Event()
 early = threading.Thread(target=wait.wait)
 early.start()
-try:
-    cores.keep_to_own()
-    print(sorted(os.sched_getaffinity(0)), sorted(os.sched_getaffinity(early.native_id)))
-except UserError as error:
-    print(error)
+cores.keep_to_own()
+print(sorted(os.sched_getaffinity(0)), sorted(os.sched_getaffinity(early.native_id)))
 wait.set()
 """
 
@@ -106,6 +103,20 @@ def test_a_rank_and_its_threads_keep_to_its_cores() -> None:
         assert kept(given, rank) == f"{everywhere} {everywhere}"
 
 
-@pytest.mark.parametrize("given", ["0", "0|one", "0|999999"])
-def test_a_list_of_no_cores_is_named(given: str) -> None:
-    assert kept(given).startswith(f"{cores.OF_RANKS}={given}: expected a list of this machine's cores for each")
+@pytest.mark.parametrize("given", ["0", "0|1|2", "0|one", "0|", "0|4"])
+def test_what_gives_a_rank_no_cores_is_refused_before_any_starts(
+    machine: None, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv(cores.OF_RANKS, given)
+    with pytest.raises(UserError) as caught:
+        cores.give_to_ranks(2)
+    assert str(caught.value) == (
+        f"{cores.OF_RANKS}={given}: expected 2 lists, one a rank, of the cores 0,2,1,3, such as 0,2|1,3; "
+        "empty to let the system choose"
+    )
+
+
+def test_a_list_for_each_rank_is_taken(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cores.OF_RANKS, "3|0,1")
+    cores.give_to_ranks(2)
+    assert os.environ[cores.OF_RANKS] == "3|0,1"
