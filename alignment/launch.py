@@ -30,7 +30,7 @@ def launch(arguments: Sequence[str]) -> None:
     """Run `accelerate launch` in this process.
 
     Raises:
-        UserError: the port is in use, the launcher's config cannot be read, or the ranks' cores are not a list for each.
+        UserError: the port is in use, or the launcher's config or what is said of the ranks' cores is wrong.
         job.RankFailed: a rank ended with another code than 0; its message stands above.
     """
     import torch
