@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from alignment import training
+from alignment import cores, training
 from alignment.config import JobConfig, TrainingConfig
 from alignment.job import Interrupted, Job
 from alignment.training import WHOLE, JobCallback, last_whole_checkpoint, remove_torn_checkpoints
@@ -125,6 +125,14 @@ def test_a_signal_ends_the_run_after_its_step_and_the_next_run_ends_with_the_sam
     assert resumed.line.weight.item() == whole.line.weight.item()
     assert resumed.line.bias.item() == whole.line.bias.item()
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+
+
+def test_a_rank_keeps_to_its_cores_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines_by_then = []
+    metrics = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(cores, "keep_to_own", lambda: lines_by_then.append(metrics.exists() and len(logged(tmp_path))))
+    run(tmp_path)
+    assert lines_by_then == [0] and len(logged(tmp_path)) == STEPS
 
 
 def test_steps_that_fill_no_log_line_are_logged_at_the_end(tmp_path: Path) -> None:
