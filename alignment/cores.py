@@ -16,16 +16,24 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 OF_RANKS = "ALIGNMENT_RANK_CORES"  # a list of cores a rank, between |; empty: ranks run where the system puts them
 
 
+def count() -> int:
+    """How many cores this process may run on."""
+    return len(_there())
+
+
 def usable() -> list[int]:
     """The cores that this process may run on, those of one socket and those of one physical core side by side."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return sorted(cores, key=_place)
+    return sorted(_there(), key=_place)
 
 
-def shares(count: int) -> list[str]:
-    """The usable cores in `count` lists such as "0,1"; fewer lists where there are fewer cores."""
+def _there() -> Collection[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def shares(parts: int) -> list[str]:
+    """The usable cores in `parts` lists such as "0,1"; fewer lists where there are fewer cores."""
     cores = usable()
-    lists = min(count, len(cores))
+    lists = min(parts, len(cores))
     ends = [i * len(cores) // lists for i in range(lists + 1)]
     return [",".join(map(str, cores[begin:end])) for begin, end in pairwise(ends)]
 
@@ -41,7 +49,7 @@ def give_to_ranks(ranks: int) -> None:
     given = os.environ.get(OF_RANKS)
     if given:
         _check(given, ranks)
-    elif given is None and ranks <= len(usable()) and hasattr(os, "sched_setaffinity"):
+    elif given is None and ranks <= count() and hasattr(os, "sched_setaffinity"):
         os.environ[OF_RANKS] = "|".join(shares(ranks))
 
 

@@ -93,7 +93,7 @@ def cpu(info: Path = Path("/proc/cpuinfo")) -> Check:
     present = set(flags[1].split()) if flags else set()
     units = [name for flag, name in CPU_FLAGS.items() if flag in present]
     name = model[1].strip() if model else platform.machine()
-    return Check("CPU", "ok", f"{name}, {len(cores.usable())} cores; {', '.join(units) or 'no AVX2, AVX-512 or AMX'}")
+    return Check("CPU", "ok", f"{name}, {cores.count()} cores; {', '.join(units) or 'no AVX2, AVX-512 or AMX'}")
 
 
 def memory() -> Check:

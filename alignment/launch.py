@@ -87,7 +87,7 @@ def _check(parsed: argparse.Namespace, config: Any) -> None:
     if port and is_port_in_use(port):  # on one machine accelerate would only warn, and take another
         raise UserError(f"port {port} is in use; choose another main_process_port, or 0 for any that is free")
     ranks = (parsed.num_processes or config.num_processes) // (parsed.num_machines or config.num_machines)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(cores.usable()) // ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores.count() // ranks)))
     if not torch.cuda.is_available():
         cores.give_to_ranks(ranks)
 

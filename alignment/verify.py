@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
+from alignment import cores
 from alignment.answers import as_latex, choice, extract_answer, is_percent, letters_of, machine_form, plain, to_number
 from alignment.closing import Closing
 from alignment.math_pool import Pool
@@ -172,7 +173,7 @@ class Verifier(Closing):
 
 def default_workers() -> int:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, cores.count() // ranks)
 
 
 def verdict_metrics(counts: Mapping[str, int], limits: Mapping[str, float] = ALARMS) -> dict[str, float | int]:

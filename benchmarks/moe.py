@@ -207,8 +207,8 @@ def measure(rank: int) -> None:
     eager = f"transformers {transformers.__version__} eager experts, all of them on each rank"
     ours, peers = (mean([pair[side] for pair in balanced]) for side in (0, 1))
     speedup("moe.experts_over_eager", eager, over_eager, ROUNDS, **SETTINGS)
-    passes = SETTINGS | {"passes": PASSES}
-    speedup("moe.own_cores_over_any", "ranks where the system puts them", own_cores, ROUNDS, **passes)
+    anywhere = "ranks where the system puts them"
+    speedup("moe.own_cores_over_any", anywhere, own_cores, ROUNDS, passes=PASSES, **SETTINGS)
     settings = SETTINGS | {"routers": ROUTERS, "fullest_over_mean": round(mean(fullest), 2)}
     speedup("moe.autoep_over_classic_balanced", classic, (ours, peers), ROUNDS, **settings)
     settings = SETTINGS | {"fullest_over_mean": round(skewed_fullest, 2)}

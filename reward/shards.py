@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from alignment import atomic
+from alignment import atomic, cores
 from alignment.errors import UserError
 from alignment.progress import track
 
@@ -124,7 +124,7 @@ def _pieces(source: Source, names: Sequence[str]) -> Iterator[Piece]:
 def _threads() -> Iterator[ThreadPoolExecutor]:
     """One thread a core; torch must not start as many again in each."""
     before = torch.get_num_threads()
-    count = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    count = min(MOST_THREADS, cores.count())
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
-from alignment import atomic, job
+from alignment import atomic, cores, job
 from alignment.fingerprint import text_hash, value_hash
 from alignment.prepared import locked, rendering_hash, rows_version
 from alignment.progress import track
@@ -202,7 +202,7 @@ def _write(
     folder: Path, source: str, made_of: dict[str, Any], tokenizer: PreTrainedTokenizerBase, config: PrepareConfig
 ) -> None:
     located = track(located_rows(source, "messages"), count_rows(source), f"sft.prepare: {source}")
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or cores.count()
     counts: Counter[str] = Counter()
     rejected: Counter[str] = Counter()
     rejects: list[dict[str, Any]] = []
