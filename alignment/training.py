@@ -1,5 +1,6 @@
 """What every trainer shares: its arguments, its log, checkpoints that are whole, and an end that can be resumed."""
 
+import atexit
 import math
 import os
 import shutil
@@ -8,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -37,6 +38,22 @@ WHOLE = "WHOLE"  # the marker that a checkpoint was written to its end by every 
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End the process of a rank with `code`; where there were several ranks, without taking its interpreter down.
+
+    A thread of Gloo's that lets go of the tensors of the last exchange waits for the interpreter. One that goes down
+    meanwhile ends that thread in the middle of C++ code, which aborts the process: a run that is done and written
+    would fail with SIGABRT (pytorch/pytorch#190489). Destroying the process groups does not help, as DeepSpeed's
+    hooks keep them. So: what was to be done at exit, and no more, as multiprocessing ends its children.
+    """
+    if not torch.distributed.is_initialized():
+        raise SystemExit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_one_process(name: str) -> None:

@@ -16,6 +16,7 @@ from worker import random_pairs, settings, tiny_model, tiny_tokenizer
 
 from alignment.config import RouterConfig
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 from dpo.arguments import PreferenceArguments
 from dpo.train import ExpertParallelPreferenceTrainer
 
@@ -68,3 +69,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

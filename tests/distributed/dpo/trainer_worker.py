@@ -22,6 +22,7 @@ from alignment import adapters
 from alignment.config import LoRAConfig, RouterConfig
 from alignment.errors import UserError
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 from dpo.arguments import PreferenceArguments
 from dpo.train import ExpertParallelPreferenceTrainer
 
@@ -154,10 +155,8 @@ def main() -> None:
         case = DEFAULTS | given
         torch.save(run(out, case), out / case["name"] / f"rank{rank}.pt")
         gc.collect()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, PreTrainedTokenizerFast
 
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 from dpo.arguments import PreferenceArguments
 from dpo.trainer import PreferenceTrainer
 
@@ -94,3 +95,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -16,6 +16,7 @@ from alignment import adapters
 from alignment.config import LoRAConfig
 from alignment.errors import UserError
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 
 STEPS = 5
 SAVED_AT = 3
@@ -102,10 +103,8 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")
     for case in json.loads(sys.argv[2]):
         torch.save(run(case, out), out / case["name"] / f"rank{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

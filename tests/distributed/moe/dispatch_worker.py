@@ -14,6 +14,7 @@ from worker import tiny_config
 
 from alignment.moe.autoep import autoep_layers, install_autoep
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 
 STOCK = AutoEPMoELayer._forward
 
@@ -76,9 +77,8 @@ def main() -> None:
             crowded = x[:1, :1].expand(x.shape)  # the same three experts for all tokens
             results[f"ep{ep_size} {dtype} crowded"] = differences(module, crowded)
     (folder / f"dispatch{rank}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -20,6 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_autoep
 from alignment.moe.export import ExportError, check_export, export_model, hf_weights
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 
 EXPERT = "model.layers.1.mlp.experts.{}.up_proj.weight"
 MIB = 1 << 20
@@ -186,9 +187,8 @@ def main() -> None:
     install_autoep()
     found = faults(folder) if mode == "faults" else memory(folder)
     (folder / f"{mode}{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from alignment.moe.autoep import check_model, check_replaced, freeze_correction_bias, install_autoep
 from alignment.moe.export import export_model
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 
 COMMON: dict[str, Any] = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,9 +97,8 @@ def main() -> None:
     install_autoep()
     results = {family: run(family, folder) for family in sys.argv[2:] or FAMILIES}
     (folder / f"families{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

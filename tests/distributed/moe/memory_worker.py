@@ -13,6 +13,7 @@ from worker import tiny_config
 from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_autoep
 from alignment.moe.memory import Sharding, count_experts, held
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 
 RANKS = EP = 2
 
@@ -87,9 +88,8 @@ def main() -> None:
     results = {f"{stage} {dtype}": measured(stage, dtype) for stage in range(4) for dtype in ("float32", "bfloat16")}
     rank = torch.distributed.get_rank()
     (Path(sys.argv[1]) / f"memory{rank}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

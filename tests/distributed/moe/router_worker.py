@@ -13,6 +13,7 @@ from alignment.config import RouterConfig
 from alignment.moe.export import hf_weights
 from alignment.moe.router_trainer import RouterLossMixin
 from alignment.moe.trainer import ExpertParallelTrainerMixin, ddp_backend
+from alignment.training import leave
 
 STEPS = 5
 LOGGED = ("loss", "grad_norm")
@@ -72,3 +73,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -243,8 +243,8 @@ def main() -> None:
         name = f"layouts-of-{dist.get_world_size()}-" if case == "layouts" else case
         (out / f"{name}{dist.get_rank()}.json").write_text(json.dumps(result, indent=1))
         dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    training.leave()

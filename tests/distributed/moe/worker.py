@@ -12,6 +12,7 @@ from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, Trainer, T
 
 from alignment.errors import UserError
 from alignment.moe.trainer import ExpertParallelTrainerMixin, ddp_backend
+from alignment.training import leave
 
 VOCAB = 64
 
@@ -120,7 +121,6 @@ def main() -> None:
         },
         options.out / f"rank{trainer.args.process_index}.pt",
     )
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
@@ -128,3 +128,4 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"UserError: {error}")
+    leave()

@@ -23,6 +23,7 @@ from trl.trainer.reward_config import RewardConfig as TRLConfig
 
 from alignment.config import RouterConfig
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 from reward.model import reward_class
 from reward.rendering import SCHEMA
 from reward.trainer import RewardModelTrainer
@@ -121,3 +122,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -21,6 +21,7 @@ from alignment.errors import UserError
 from alignment.isolation import check_isolation
 from alignment.moe.autoep import check_replaced, freeze_correction_bias, install_autoep
 from alignment.moe.trainer import ddp_backend
+from alignment.training import leave
 from sft.data import probe
 
 VOCAB = 64
@@ -132,9 +133,8 @@ def main() -> None:
     attention.register()
     results = {name: case() for name, case in CASES.items()}
     (Path(sys.argv[1]) / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave()

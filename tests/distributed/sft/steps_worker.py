@@ -27,6 +27,7 @@ from alignment import attention
 from alignment.config import RouterConfig
 from alignment.moe.trainer import ddp_backend
 from alignment.packing import PackingPlan, plan_epoch
+from alignment.training import leave
 from sft.cache import SourceRows, TokenizedRows
 from sft.data import Batch, PackedRows
 from sft.rendering import SCHEMA
@@ -169,3 +170,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
