@@ -20,10 +20,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from alignment import partition
 from alignment.config import Config, ModelConfig, load_config
 from alignment.errors import UserError, did_you_mean
 from alignment.kernels.model import use_kernels
 from alignment.moe.autoep import freeze_correction_bias
+from alignment.weights import unaware_of_deepspeed
 
 if not sys.stderr.isatty():
     logging.disable_progress_bar()
@@ -123,10 +125,13 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model with its kernels: the weights of `path`, or fresh ones of `preset` drawn from `seed`.
 
-    Fresh weights take their vocabulary and stop token from the tokenizer.
+    Fresh weights take their vocabulary and stop token from the tokenizer. Under ZeRO 3 the weights of `path` are
+    partitioned as they are read, which all ranks do together.
     """
     check_model(source)
     dtype = getattr(torch, source.dtype)
+    if source.path is not None and partition.partitions():
+        return _load_partitioned(source, dtype, **options)
     if source.path is not None:
         return use_kernels(load_pretrained(AutoModelForCausalLM, source, dtype=dtype, **options), source.kernels)
     config = preset_config(
@@ -137,25 +142,33 @@ def load_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    with unaware_of_deepspeed():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     return use_kernels(model, source.kernels)
 
 
+def _load_partitioned(source: ModelConfig, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    model = load_pretrained(AutoModelForCausalLM, source, dtype=dtype, device_map="meta", **options)
+    partition.fill(use_kernels(model, source.kernels), str(source.path), dtype)
+    return model
+
+
 def load_pretrained(auto_class: Any, source: ModelConfig, **options: Any) -> PreTrainedModel:
-    """`auto_class.from_pretrained`, from safetensors only, with every weight accounted for.
+    """`auto_class.from_pretrained`, from safetensors only, with every weight accounted for; whole under ZeRO 3 too.
 
     Raises:
         UserError: weights that are missing, left over or of another shape; transformers only warns of these.
     """
     try:
-        model, info = auto_class.from_pretrained(
-            source.path,
-            use_safetensors=True,
-            trust_remote_code=source.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # only so that they are reported below
-            **options,
-        )
+        with unaware_of_deepspeed():
+            model, info = auto_class.from_pretrained(
+                source.path,
+                use_safetensors=True,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # only so that they are reported below
+                **options,
+            )
     except UNREADABLE as error:
         raise UserError(f"{source.path}: the model could not be loaded: {_first_line(error)}") from None
     faults = [

@@ -63,12 +63,13 @@ def run(config: DPOConfig) -> None:
         if config.reference.model and config.reference.kind == "stored":
             reference_hash = weights_hash(Path(config.reference.model))
             _store_reference(this, config, make, reference_hash)
+        args = arguments(this, config)  # before the models, which are partitioned as they are read under ZeRO 3
         model = _load(config, config.model, tokenizer)
         frozen = _frozen_copy(config, tokenizer)
         trainer = make(
             model=model,
             ref_model=frozen,
-            args=arguments(this, config),
+            args=args,
             weights_hash=_version(config),
             reference_hash=reference_hash,
             router=config.training.router,
@@ -122,8 +123,9 @@ def _store_reference(this: job.Job, config: DPOConfig, make: partial[Any], versi
     names = ["train", "eval"] if config.evaluation else ["train"]
     if all(reference_file(this.dir / CHECKPOINTS, name).exists() for name in names):
         return  # a resumed run; the trainer checks what they are
+    args = arguments(this, config)
     model = _load(config, reference_source(config), make.keywords["processing_class"])
-    trainer = make(model=model, args=arguments(this, config), weights_hash=version)
+    trainer = make(model=model, args=args, weights_hash=version)
     trainer.store_references()
     if trainer.is_deepspeed_enabled:
         trainer.model_wrapped.destroy()

@@ -27,11 +27,13 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoePreTrainedModel
 
+from alignment import partition
 from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.kernels.model import use_kernels
 from alignment.models import LOADING_FAULTS, check_model
 from alignment.moe.autoep import freeze_correction_bias
+from alignment.weights import unaware_of_deepspeed
 
 HEAD = "score.weight"
 
@@ -124,6 +126,8 @@ def _refusal(kind: str, classifier: Any) -> str:
 def load_reward_model(source: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """The causal language model in `source.path` with a fresh head drawn from `seed`, or a reward model to train on.
 
+    Under ZeRO 3 the weights are partitioned as they are read, which all ranks do together.
+
     Raises:
         UserError: any weight but the head is missing, any but the language model's head is left over, or the folder
             says that it is a reward model and has no head.
@@ -131,19 +135,26 @@ def load_reward_model(source: ModelConfig, tokenizer: PreTrainedTokenizerBase, *
     check_model(source)
     config = _config(str(source.path), trust_remote_code=source.trust_remote_code)
     has_head = _is_classifier(config)
+    dtype = getattr(torch, source.dtype)
+    partitioned = partition.partitions()
     model, missing = _load(
         str(source.path),
         config,
         may_lack=set() if has_head else {HEAD},
         may_have=set() if has_head else {"lm_head.weight"},
-        dtype=getattr(torch, source.dtype),
+        dtype=dtype,
+        **({"device_map": "meta"} if partitioned else {}),
     )
-    if HEAD in missing:
-        generator = torch.Generator().manual_seed(seed)
-        head = model.get_parameter(HEAD)
-        head.data.copy_(torch.empty(head.shape).normal_(std=config.initializer_range, generator=generator))
     model.config.pad_token_id = tokenizer.pad_token_id
-    return use_kernels(model, source.kernels)
+    use_kernels(model, source.kernels)
+    generator = torch.Generator().manual_seed(seed)
+    head = model.get_parameter(HEAD)
+    fresh = torch.empty(head.shape).normal_(std=config.initializer_range, generator=generator)
+    if partitioned:
+        partition.fill(model, str(source.path), dtype, {HEAD: fresh} if HEAD in missing else {})
+    elif HEAD in missing:
+        head.data.copy_(fresh)
+    return model
 
 
 def load_trained_reward_model(folder: Path, **options: Any) -> PreTrainedModel:
@@ -189,14 +200,15 @@ def _load(
     level = report.level
     report.setLevel(logging.ERROR)  # its table of missing weights would show the new head as a fault
     try:
-        model, info = model_class.from_pretrained(
-            path,
-            config=config,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
+        with unaware_of_deepspeed():
+            model, info = model_class.from_pretrained(
+                path,
+                config=config,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
     except OSError as error:
         raise UserError(f"{path}: the model could not be loaded: {str(error).splitlines()[0]}") from None
     finally:

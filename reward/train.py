@@ -41,9 +41,10 @@ def run(config: RewardConfig) -> None:
         # No rank has a process group yet, so none runs into its timeout while the first one tokenizes.
         pairs = data.prepare(config.rows, config.eval_rows, config.model, config.max_length, config.prepare.cache)
         tokenizer = models.load_tokenizer(config.model)
+        arguments = _arguments(this, config)  # before the model, which is partitioned as it is read under ZeRO 3
         trainer = RewardModelTrainer(
             model=load_reward_model(config.model, tokenizer, seed=config.seed),
-            args=_arguments(this, config),
+            args=arguments,
             train_dataset=pairs.train,
             processing_class=tokenizer,
             router=config.training.router,

@@ -31,12 +31,13 @@ def run(config: SFTConfig) -> None:
         tokenizer = models.load_tokenizer(config.model)
         rows = prepare(config, tokenizer)  # no rank has a process group yet, so none runs into its timeout
         mixture = mix(config, rows) if this.is_main else None
+        arguments = _arguments(this, config)  # before the model, which is partitioned as it is read under ZeRO 3
         attention.register()
         model = models.load_model(config.model, tokenizer, seed=config.seed, attn_implementation=attention.SEGMENTS)
         plan = _stored_plan(this, config, mixture)
         trainer = PackedSFTTrainer(
             model=model,
-            args=_arguments(this, config),
+            args=arguments,
             packs=data.PackedRows(rows, plan, config.packing.limit, tokenizer.pad_token_id),
             processing_class=tokenizer,
             router=config.training.router,

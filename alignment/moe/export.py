@@ -8,7 +8,7 @@ Shapes: E experts of the model, L = E / EP of them on a rank, X, Y the two dimen
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -18,12 +18,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from alignment import atomic
 from alignment.models import LOADING_FAULTS
 from alignment.moe.autoep import autoep_layers
+from alignment.weights import on_disk, unaware_of_deepspeed, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -197,19 +196,8 @@ def _rank() -> int:
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The model without expert parallelism and without memory, for its names, shapes and dtypes."""
-    with _unaware_of_deepspeed(), torch.device("meta"):
+    with unaware_of_deepspeed(), torch.device("meta"):
         return cast(PreTrainedModel, cast(Any, type(model))._from_config(model.config, dtype=model.dtype))
-
-
-@contextmanager
-def _unaware_of_deepspeed() -> Iterator[None]:
-    """Under ZeRO-3 transformers would partition what it makes over all ranks; here rank 0 is alone with it."""
-    config = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def _on_rank_0(work: Callable[[], None], folder: Path, *gathered: Weights) -> None:
@@ -249,7 +237,7 @@ def _write_weights(weights: Weights, skeleton: PreTrainedModel, folder: Path, sh
     for name, tensor in weights:
         if name in tied:
             continue
-        for key, part in _on_disk(skeleton, name, tensor).items():
+        for key, part in on_disk(skeleton, name, tensor).items():
             if pending and pending_bytes + part.nbytes > shard_bytes:
                 _write_shard(pending, folder, shards)
                 pending, pending_bytes = {}, 0
@@ -261,11 +249,6 @@ def _write_weights(weights: Weights, skeleton: PreTrainedModel, folder: Path, sh
     _name_shards(shards, folder, {"total_parameters": skeleton.num_parameters(), "total_size": total_bytes})
     for path in folder.iterdir():
         atomic.sync(path)
-
-
-def _on_disk(skeleton: PreTrainedModel, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One weight under its names on disk: transformers fuses experts in memory, and stores them one by one."""
-    return revert_weight_conversion(skeleton, {name: tensor})
 
 
 def _write_shard(tensors: dict[str, torch.Tensor], folder: Path, shards: list[list[str]]) -> None:
@@ -289,10 +272,10 @@ def _name_shards(shards: list[list[str]], folder: Path, metadata: dict[str, int]
 def _compare(weights: Weights, skeleton: PreTrainedModel, folder: Path) -> None:
     """Raise ExportError at the first weight of the folder that is not that of the memory."""
     tied = skeleton.all_tied_weights_keys
-    files = _weight_files(folder)
+    files = weight_files(folder)
     left = set(files)
     for name, tensor in weights:
-        for key, part in _on_disk(skeleton, tied.get(name, name), tensor).items():
+        for key, part in on_disk(skeleton, tied.get(name, name), tensor).items():
             if key not in files:
                 raise ExportError(f"{key} is missing")
             with safe_open(files[key], "pt") as file:
@@ -302,18 +285,6 @@ def _compare(weights: Weights, skeleton: PreTrainedModel, folder: Path) -> None:
     if left:
         raise ExportError(f"{min(left)} is left over: the model has no such weight")
     _check_loads(type(skeleton), folder)
-
-
-def _weight_files(folder: Path) -> dict[str, Path]:
-    """The file of each weight."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise ExportError(f"{path.name} cannot be read: {error}") from None
-    return files
 
 
 def compare_weight(name: str, memory: torch.Tensor, disk: torch.Tensor) -> None:
@@ -334,7 +305,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_loads(model_class: Any, folder: Path) -> None:
     """Raise ExportError unless transformers loads the folder with every weight accounted for."""
-    with _unaware_of_deepspeed():
+    with unaware_of_deepspeed():
         _, info = model_class.from_pretrained(
             folder, dtype="auto", device_map="meta", use_safetensors=True, output_loading_info=True
         )
