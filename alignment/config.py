@@ -185,7 +185,7 @@ class ModelConfig(Config):
     path: str | None = Field(None, description="a model folder or a hub id")
     preset: str | None = Field(None, description="a name in configs/models, for fresh random weights")
     tokenizer: str | None = Field(None, description="a tokenizer folder or hub id; default: the one of `path`")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="float32 or bfloat16: computed in and saved")
     kernels: Literal["auto", "torch"] = Field("auto", description="auto: fused where this machine can; torch: none")
     trust_remote_code: bool = False
 

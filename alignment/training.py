@@ -9,10 +9,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import transformers.training_args
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from alignment import adapters, cores, models
@@ -21,13 +22,18 @@ from alignment.errors import UserError
 from alignment.job import Interrupted, Job, deferred_interrupts
 from alignment.moe.adapters import check_adapter
 from alignment.moe.autoep import check_model
-from alignment.moe.config import check_launcher_config, expert_parallel_size
+from alignment.moe.config import check_launcher_config, deepspeed_launched, expert_parallel_size
+from alignment.moe.export import round_weights
 from alignment.moe.memory import launched_sharding, memory_plan
 from alignment.moe.resume import prepare_resume
 from alignment.moe.trainer import ddp_backend
 
 # DeepSpeed 0.19.8 calls it, on every rank.
 warnings.filterwarnings("ignore", message=r"`torch.distributed.all_gather_into_tensor` is deprecated")
+
+if not torch.cuda.is_available():
+    # The check of TrainingArguments wants a GPU for bfloat16, which a CPU computes in too.
+    vars(transformers.training_args).update(is_torch_bf16_gpu_available=lambda: True)
 
 A = TypeVar("A", bound=TrainingArguments)
 ExpertLoad = list[list[float]]
@@ -76,7 +82,10 @@ def check_parallel(source: ModelConfig) -> list[str]:
     if size:
         check_launcher_config()
         check_model(model, size, world_size())
-    return memory_plan(model, config, launched_sharding(source.dtype))
+    lines = memory_plan(model, config, launched_sharding(source.dtype))
+    if held(source) != source:
+        lines.append("  weights are float32 without DeepSpeed; autocast computes in bfloat16, and bfloat16 is saved")
+    return lines
 
 
 def plan_adapter(lora: LoRAConfig | None, source: ModelConfig) -> list[str]:
@@ -121,6 +130,18 @@ def training_arguments(kind: type[A], job: Job, config: TrainingConfig, dtype: s
     )
 
 
+def held(source: ModelConfig, lora: LoRAConfig | None = None) -> ModelConfig:
+    """The model as a training holds it: without DeepSpeed, weights that train are float32, whatever `dtype` says.
+
+    A bfloat16 weight has 8 bits: AdamW's step at a usual learning rate is less than half the distance to the next one,
+    and nothing changes. DeepSpeed keeps float32 copies of the weights; elsewhere autocast computes in bfloat16 with
+    float32 weights, and `save` writes them in `dtype`. An adapter's are float32 anyway.
+    """
+    if deepspeed_launched() or lora is not None:
+        return source
+    return source.model_copy(update={"dtype": "float32"})
+
+
 def train(trainer: Trainer, job: Job) -> dict[str, float]:
     """Run `trainer` from its last whole checkpoint, or from the start, to its end. Returns its final metrics.
 
@@ -148,8 +169,13 @@ def train(trainer: Trainer, job: Job) -> dict[str, float]:
     return {"train.loss": mean_loss(trainer.state.log_history), "train.steps": trainer.state.global_step}
 
 
-def save(trainer: Trainer, job: Job, source: ModelConfig, lora: LoRAConfig | None) -> None:
-    """Write the run's `model`; of an adapter `adapter` and, where it is to be merged, `model` with it. Collective."""
+def save(trainer: Trainer, job: Job, source: ModelConfig, lora: LoRAConfig | None = None) -> None:
+    """Write the run's `model`; of an adapter `adapter` and, where it is to be merged, `model` with it. Collective.
+
+    Training is over: weights that were `held` in float32 are in the dtype of `source` from here on.
+    """
+    if lora is None and held(source) != source:
+        round_weights(cast(PreTrainedModel, trainer.model), getattr(torch, source.dtype))
     if lora is None:
         trainer.save_model(str(job.dir / "model"))
         return

@@ -107,8 +107,8 @@ def _counts(ledger: Ledger) -> dict[str, float]:
 
 
 def _load(config: DPOConfig, source: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A policy or reference; of a preset both have the weights that the seed gives."""
-    return models.load_model(source, tokenizer, seed=config.seed)
+    """A policy or reference, held alike; of a preset both have the weights that the seed gives."""
+    return models.load_model(training.held(source, config.lora), tokenizer, seed=config.seed)
 
 
 def _frozen_copy(config: DPOConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:

@@ -43,14 +43,14 @@ def run(config: RewardConfig) -> None:
         tokenizer = models.load_tokenizer(config.model)
         arguments = _arguments(this, config)  # before the model, which is partitioned as it is read under ZeRO 3
         trainer = RewardModelTrainer(
-            model=load_reward_model(config.model, tokenizer, seed=config.seed),
+            model=load_reward_model(training.held(config.model), tokenizer, seed=config.seed),
             args=arguments,
             train_dataset=pairs.train,
             processing_class=tokenizer,
             router=config.training.router,
         )
         metrics: dict[str, Any] = training.train(trainer, this)
-        trainer.save_model(str(this.dir / "model"))
+        training.save(trainer, this, config.model)
         if not this.is_main:
             return
         pairs.train_ledger.write(this.dir / "ledger.json")

@@ -33,7 +33,8 @@ def run(config: SFTConfig) -> None:
         mixture = mix(config, rows) if this.is_main else None
         arguments = _arguments(this, config)  # before the model, which is partitioned as it is read under ZeRO 3
         attention.register()
-        model = models.load_model(config.model, tokenizer, seed=config.seed, attn_implementation=attention.SEGMENTS)
+        source = training.held(config.model, config.lora)
+        model = models.load_model(source, tokenizer, seed=config.seed, attn_implementation=attention.SEGMENTS)
         plan = _stored_plan(this, config, mixture)
         trainer = PackedSFTTrainer(
             model=model,

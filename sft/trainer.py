@@ -32,7 +32,7 @@ class SummedLossTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sums = takes_summed_loss(self._causal_model)
+        self._sums = takes_summed_loss(self._causal_model) and not self.args.bf16
         if self._sums:
             add_summed_loss(self._causal_model)
         else:

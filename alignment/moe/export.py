@@ -7,6 +7,7 @@ Shapes: E experts of the model, L = E / EP of them on a rank, X, Y the two dimen
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain
@@ -192,6 +193,14 @@ def _unpartitioned(tensor: torch.Tensor) -> Any:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold the weights as transformers loads them in `dtype`: some stay in float32, such as routers and our head."""
+    kept = [rf"(^|\.){module}($|\.)" for module in model._keep_in_fp32_modules_strict or ()]
+    for name, parameter in model.named_parameters():
+        if not any(re.search(pattern, name) for pattern in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:

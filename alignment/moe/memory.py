@@ -36,7 +36,7 @@ class Sharding:
         """Bytes of optimizer state for a parameter, before partitioning.
 
         DeepSpeed 0.19.8 keeps float32 moments and a float32 copy of the weights, under ZeRO even of float32 weights.
-        Without it torch's AdamW has moments in the weights' dtype and no copy.
+        Without it torch's AdamW has moments in the weights' dtype, and no copy.
         """
         if self.zero_stage is None:
             return 2 * DTYPE_BYTES[self.dtype]
@@ -73,10 +73,10 @@ def held(parameters: int, sharding: Sharding, shards: int = 1) -> Held:
 
 
 def launched_sharding(dtype: str) -> Sharding:
-    """What the launcher's environment asks for."""
+    """What the launcher's environment asks for; without DeepSpeed weights are float32 (`training.held`)."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if not deepspeed_launched():
-        return Sharding(ranks, 1, None, dtype)
+        return Sharding(ranks, 1, None, "float32")
     config = launcher_config()
     if not config:
         return Sharding(ranks, 1, int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")), dtype)

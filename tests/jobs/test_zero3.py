@@ -60,10 +60,11 @@ def test_sft_trains_the_model_that_zero_1_trains(tiny_model_folder: Path, tmp_pa
     assert max((ours[key] - base[key]).abs().max().item() for key in ours) > 1e-3
 
 
-def test_dpo_trains_beside_a_frozen_copy(tiny_model_folder: Path, tmp_path: Path) -> None:
+def test_dpo_trains_in_bfloat16_beside_a_frozen_copy(tiny_model_folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "pairs.jsonl", map(pair, range(32)))
+    model = {"path": str(tiny_model_folder), "dtype": "bfloat16"}
     output = train(
-        tmp_path, 3, "dpo.train", model={"path": str(tiny_model_folder)}, reference={"kind": "live"},
+        tmp_path, 3, "dpo.train", model=model, reference={"kind": "live"},
         rows=str(tmp_path / "pairs.jsonl"), batch_size=4, training={"learning_rate": 1e-2, "log_steps": 1},
     )  # fmt: skip
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import sft.prepare
@@ -125,3 +127,26 @@ def test_mistakes_leave_no_run_behind(
     error = capsys.readouterr().err
     assert message in error and 1 <= len(error.splitlines()) <= 3
     assert not Path("out").exists()
+
+
+def test_bfloat16_without_deepspeed_changes_every_weight_and_saves_half_the_bytes(folder: Path) -> None:
+    """At this learning rate AdamW's steps are lost on weights of bfloat16: 98% of them do not change in 60 steps."""
+    rate = ("training.learning_rate=1e-5", "training.accumulation=1", "training.save_steps=20")
+    assert train("model.dtype=bfloat16", *rate) == 0
+    assert train("output_dir=whole", *rate) == 0
+    first, *_, last = (load_file(f"out/checkpoints/checkpoint-{step}/model.safetensors") for step in checkpoints("out"))
+    assert {weight.dtype for weight in last.values()} == {torch.float32}
+    moved = [(first[name] != last[name]).float().mean().item() for name in last if "correction_bias" not in name]
+    assert min(moved) > 0.95
+
+    ours = load_file("out/model/model.safetensors")
+    in_float32 = {name for name, weight in ours.items() if weight.dtype == torch.float32}
+    assert in_float32 == {name for name in ours if "gate.weight" in name or "moe_statics" in name}, "as it is loaded"
+    for name in ours.keys() - in_float32:
+        assert torch.equal(ours[name], last[name].bfloat16())
+    losses = [[line["loss"] for line in lines(f"{name}/metrics.jsonl") if "loss" in line] for name in ("out", "whole")]
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 0.05
+
+
+def checkpoints(name: str) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in Path(name, "checkpoints").glob("checkpoint-*"))

@@ -60,8 +60,10 @@ def test_sharding_is_read_from_the_launchers_environment(tmp_path: Path, monkeyp
     for name in ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
     assert launched_sharding("float32") == Sharding(1, 1, None, "float32")
+    assert launched_sharding("bfloat16") == Sharding(1, 1, None, "float32")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert launched_sharding("float32") == Sharding(8, 1, None, "float32")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
     assert launched_sharding("float32") == Sharding(8, 4, 2, "float32")
+    assert launched_sharding("bfloat16") == Sharding(8, 4, 2, "bfloat16")
