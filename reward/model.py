@@ -31,6 +31,7 @@ from alignment import partition
 from alignment.config import ModelConfig
 from alignment.errors import UserError
 from alignment.kernels.model import use_kernels
+from alignment.linear import Fp32Linear
 from alignment.models import LOADING_FAULTS, check_model
 from alignment.moe.autoep import freeze_correction_bias
 from alignment.weights import unaware_of_deepspeed
@@ -42,7 +43,11 @@ class ScalarHead(GenericForSequenceClassification):
     """Put before a transformers sequence classifier: its forward, with the last token taken from the mask."""
 
     model: nn.Module
-    score: nn.Linear
+    num_labels: int
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.score = Fp32Linear(config.get_text_config().hidden_size, self.num_labels, bias=False)
 
     def forward(
         self,
@@ -64,9 +69,7 @@ class ScalarHead(GenericForSequenceClassification):
         hidden_BTD = self.model(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         ).last_hidden_state
-        last_BD = hidden_BTD[rows_B, columns_B].float()
-        with torch.autocast(last_BD.device.type, enabled=False):
-            return SequenceClassifierOutputWithPast(logits=self.score(last_BD))
+        return SequenceClassifierOutputWithPast(logits=self.score(hidden_BTD[rows_B, columns_B]))
 
 
 class Ernie4_5_MoeForSequenceClassification(ScalarHead, Ernie4_5_MoePreTrainedModel):  # noqa: N801

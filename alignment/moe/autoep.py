@@ -8,11 +8,10 @@ Ernie4_5_Moe is ours. It touches private names of DeepSpeed, so its version is p
 from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from torch import nn
-from torch.nn import functional
 
 from alignment.errors import UserError
+from alignment.linear import Fp32Linear
 from alignment.moe.dispatch import install_cpu_dispatch
 
 DEEPSPEED_VERSION = "0.19.8"
@@ -68,15 +67,6 @@ def install_autoep() -> None:
     )
 
 
-class Fp32Gate(nn.Linear):
-    """A router gate that computes in float32 whatever the model's dtype, as Ernie's own router does."""
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return functional.linear(x_TD.float(), self.weight.float(), bias)
-
-
 def _fp32_router() -> type[nn.Module]:
     """AutoEP's router with a float32 gate: stock, it multiplies in the model's dtype and only scores in float32."""
     from deepspeed.moe.ep_router import TokenChoiceTopKRouter
@@ -84,7 +74,7 @@ def _fp32_router() -> type[nn.Module]:
     class Fp32Router(TokenChoiceTopKRouter):  # type: ignore[misc]  # deepspeed has no types
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
-            self.gate = Fp32Gate(options["dim"], options["num_experts"], bias=options["gate_bias"])
+            self.gate = Fp32Linear(options["dim"], options["num_experts"], bias=options["gate_bias"])
 
     return Fp32Router
 

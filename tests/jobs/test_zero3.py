@@ -77,8 +77,9 @@ def test_a_reward_model_is_judged_by_rank_0_alone(tiny_model_folder: Path, tmp_p
     """Its Scorer loads the model that was just trained; transformers would partition it over ranks that have gone."""
     write_rows(tmp_path / "pairs.jsonl", map(pair, range(32)))
     write_rows(tmp_path / "eval.jsonl", map(pair, range(100, 104)))
+    model = {"path": str(tiny_model_folder), "dtype": "bfloat16"}
     output = train(
-        tmp_path, 3, "reward.train", model={"path": str(tiny_model_folder)}, rows=str(tmp_path / "pairs.jsonl"),
+        tmp_path, 3, "reward.train", model=model, rows=str(tmp_path / "pairs.jsonl"),
         eval_rows=str(tmp_path / "eval.jsonl"), prepare={"cache": str(tmp_path / "cache")}, batch_size=4,
         training={"learning_rate": 3e-3, "log_steps": 2},
     )  # fmt: skip

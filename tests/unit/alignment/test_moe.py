@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import Ernie4_5_MoeConfig, Ernie4_5_MoeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alignment.errors import UserError
+from alignment.linear import Fp32Linear
 from alignment.moe import export
 from alignment.moe.autoep import (
-    Fp32Gate,
     check_model,
     check_replaced,
     check_sizes,
@@ -104,7 +104,7 @@ def test_correction_bias_alone_is_frozen() -> None:
 
 def test_gate_of_a_bfloat16_model_computes_in_float32() -> None:
     """1 + 2^-9 is 1 in bfloat16, so a bfloat16 product could not tell the two experts apart."""
-    gate = Fp32Gate(2, 2, bias=False, dtype=torch.bfloat16)
+    gate = Fp32Linear(2, 2, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
         gate.weight.copy_(torch.tensor([[1.0, 2**-9], [1.0, 0.0]]))
     logits = gate(torch.ones(1, 2, dtype=torch.bfloat16))
