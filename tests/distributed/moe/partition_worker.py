@@ -12,6 +12,8 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
+from export_worker import MIB, peak_growth
+from families import COMMON, ERNIE, FAMILIES
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -23,35 +25,13 @@ from alignment.moe.trainer import ddp_backend
 from alignment.training import leave
 from reward.model import HEAD, load_reward_model
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0,
-}  # fmt: skip
-MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
-LATENT: dict[str, Any] = {
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 4,
-}  # fmt: skip
-ERNIE: dict[str, Any] = {
-    "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1,
-    "moe_layer_start_index": 1, "head_dim": 8,
-}  # fmt: skip
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Ernie4_5_Moe": ERNIE,
-    "Llama": {"tie_word_embeddings": True},
-    "Qwen3Moe": MOE,
-    "Qwen2Moe": MOE | {"shared_expert_intermediate_size": 16},
-    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "DeepseekV2": LATENT | {"topk_method": "greedy"},
-    "DeepseekV3": LATENT,
-}
+SHAPES = {prefix: COMMON | changes for prefix, changes, _, _ in FAMILIES.values()}
+SHAPES["Llama"] = COMMON | {"tie_word_embeddings": True}
 # 162 MiB, of which the largest weight, an embedding, is 8.
 LARGE: dict[str, Any] = COMMON | ERNIE | {
     "vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 6, "moe_num_experts": 16, "moe_intermediate_size": 512,
     "moe_layer_start_index": 0,
 }  # fmt: skip
-MIB = 2**20
 
 
 def zero3(dtype: str) -> HfDeepSpeedConfig:
@@ -155,26 +135,13 @@ def memory(path: str) -> dict[str, float]:
     return {"size": size, "whole": whole / size, "parts": parts / size}
 
 
-def peak_growth(action: Callable[[], Any]) -> float:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is resident now
-    before = resident("VmHWM")
-    kept = action()
-    del kept
-    return resident("VmHWM") - before
-
-
-def resident(key: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) / 1024
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
     ddp_backend()
     deepspeed.init_distributed(dist_backend="gloo")
     found: dict[str, Any] = {}
-    for family, changes in FAMILIES.items():
-        path = save(folder / family, family, COMMON | changes)
+    for family, shape in SHAPES.items():
+        path = save(folder / family, family, shape)
         found[family] = {dtype: compared(path, dtype, load) for dtype in ("float32", "bfloat16")}
     ernie = str(folder / "Ernie4_5_Moe")
     found["reward"] = {dtype: compared(ernie, dtype, reward) for dtype in ("float32", "bfloat16")}
