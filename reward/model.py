@@ -150,14 +150,18 @@ def load_reward_model(source: ModelConfig, tokenizer: PreTrainedTokenizerBase, *
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     use_kernels(model, source.kernels)
-    generator = torch.Generator().manual_seed(seed)
-    head = model.get_parameter(HEAD)
-    fresh = torch.empty(head.shape).normal_(std=config.initializer_range, generator=generator)
+    fresh = {HEAD: _drawn_head(model, seed)} if HEAD in missing else {}
     if partitioned:
-        partition.fill(model, str(source.path), dtype, {HEAD: fresh} if HEAD in missing else {})
-    elif HEAD in missing:
-        head.data.copy_(fresh)
+        partition.fill(model, str(source.path), dtype, fresh)
+        return model
+    for name, weight in fresh.items():
+        model.get_parameter(name).data.copy_(weight)
     return model
+
+
+def _drawn_head(model: PreTrainedModel, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(model.get_parameter(HEAD).shape).normal_(std=model.config.initializer_range, generator=generator)
 
 
 def load_trained_reward_model(folder: Path, **options: Any) -> PreTrainedModel:

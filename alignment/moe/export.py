@@ -92,6 +92,14 @@ def hf_weights(model: PreTrainedModel) -> Weights:
     return _weights(model, _skeleton(model))
 
 
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Hold the weights as transformers loads them in `dtype`: some stay in float32, such as routers and our head."""
+    kept = [rf"(^|\.){module}($|\.)" for module in model._keep_in_fp32_modules_strict or ()]
+    for name, parameter in model.named_parameters():
+        if not any(re.search(pattern, name) for pattern in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
 def _weights(model: PreTrainedModel, skeleton: PreTrainedModel) -> Weights:
     expected = skeleton.state_dict()
     sources = _sources(model, expected)
@@ -195,14 +203,6 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Hold the weights as transformers loads them in `dtype`: some stay in float32, such as routers and our head."""
-    kept = [rf"(^|\.){module}($|\.)" for module in model._keep_in_fp32_modules_strict or ()]
-    for name, parameter in model.named_parameters():
-        if not any(re.search(pattern, name) for pattern in kept):
-            parameter.data = parameter.data.to(dtype)
-
-
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The model without expert parallelism and without memory, for its names, shapes and dtypes."""
     with unaware_of_deepspeed(), torch.device("meta"):
@@ -281,7 +281,10 @@ def _name_shards(shards: list[list[str]], folder: Path, metadata: dict[str, int]
 def _compare(weights: Weights, skeleton: PreTrainedModel, folder: Path) -> None:
     """Raise ExportError at the first weight of the folder that is not that of the memory."""
     tied = skeleton.all_tied_weights_keys
-    files = weight_files(folder)
+    try:
+        files = weight_files(folder)
+    except SafetensorError as error:
+        raise ExportError(str(error)) from None
     left = set(files)
     for name, tensor in weights:
         for key, part in on_disk(skeleton, tied.get(name, name), tensor).items():

@@ -36,7 +36,7 @@ class Sharding:
         """Bytes of optimizer state for a parameter, before partitioning.
 
         DeepSpeed 0.19.8 keeps float32 moments and a float32 copy of the weights, under ZeRO even of float32 weights.
-        Without it torch's AdamW has moments in the weights' dtype, and no copy.
+        Without it torch's AdamW has moments in the weights' dtype and no copy.
         """
         if self.zero_stage is None:
             return 2 * DTYPE_BYTES[self.dtype]
