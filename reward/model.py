@@ -48,6 +48,7 @@ class ScalarHead(GenericForSequenceClassification):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.score = Fp32Linear(config.get_text_config().hidden_size, self.num_labels, bias=False)
+        cast(PreTrainedModel, self)._init_weights(self.score)
 
     def forward(
         self,

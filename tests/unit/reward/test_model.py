@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    LlamaConfig,
     PreTrainedTokenizerBase,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -85,6 +86,23 @@ def test_the_head_stays_fp32_in_a_bf16_model(tiny_model_folder: Path, tiny_token
     assert model.model.embed_tokens.weight.dtype is torch.bfloat16
     assert model.score.weight.dtype is torch.float32
     assert scores(model, {"input_ids": torch.tensor([SEQUENCES[0]])}).dtype is torch.float32
+
+
+@pytest.mark.parametrize("deviation", [0.02, 0.5])
+def test_a_head_made_without_files_is_drawn_as_the_config_says(deviation: float) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(**shape, vocab_size=8, num_labels=1, initializer_range=deviation)
+    assert reward_class(LlamaConfig)(config).score.weight.std().item() == pytest.approx(deviation, rel=0.2)
+
+
+def test_the_head_computes_in_fp32_where_deepspeed_holds_it_in_bf16(
+    tiny_model_folder: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = load_reward_model(ModelConfig(path=str(tiny_model_folder), dtype="bfloat16"), tiny_tokenizer, seed=1)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    found = scores(model, {"input_ids": torch.tensor([SEQUENCES[0]])})
+    assert found.dtype is torch.float32 and not torch.equal(found, found.bfloat16().float())
 
 
 def test_experts_run_as_fast_as_in_the_base_model(reward_folder: Path) -> None:
