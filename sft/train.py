@@ -31,11 +31,11 @@ def run(config: SFTConfig) -> None:
         tokenizer = models.load_tokenizer(config.model)
         rows = prepare(config, tokenizer)  # no rank has a process group yet, so none runs into its timeout
         mixture = mix(config, rows) if this.is_main else None
+        plan = _stored_plan(this, config, mixture)
         arguments = _arguments(this, config)  # before the model, which is partitioned as it is read under ZeRO 3
         attention.register()
         source = training.held(config.model, config.lora)
         model = models.load_model(source, tokenizer, seed=config.seed, attn_implementation=attention.SEGMENTS)
-        plan = _stored_plan(this, config, mixture)
         trainer = PackedSFTTrainer(
             model=model,
             args=arguments,
